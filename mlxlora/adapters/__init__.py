@@ -1,0 +1,1 @@
+"""Adapter layers, and the surgery that puts them into a model."""

@@ -1,0 +1,44 @@
+"""Imports go down only: cli, verbs, finetune, data/adapters/training/objectives, engine/model/tokenizer, errors."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# every room may import from rooms of a lower number, and from its own
+LEVEL = {
+    "errors": 0, "version": 0, "files": 1, "mlxlm": 2,
+    "tokenizer": 3, "adapters": 3, "model": 4, "data": 5, "engine": 5,
+    "objectives": 6, "training": 6, "reporting": 7, "finetune": 8,
+}  # fmt: skip
+VERBS = 9  # every other module of mlxlora: evaluate, generate, fuse, plan, demo, …
+ALONE = {"cli": 10, "__main__": 11, "__init__": 10}
+
+
+def level(name: str) -> int:
+    return ALONE.get(name, LEVEL.get(name, VERBS))
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def test_imports_go_down() -> None:
+    wrong = []
+    for path in sorted((ROOT / "mlxlora").rglob("*.py")):
+        parts = path.relative_to(ROOT / "mlxlora").with_suffix("").parts
+        room = parts[0]
+        for name in imports(path):
+            words = name.split(".")
+            if words[0] == "mlxlora_convert" and room != "cli":
+                wrong.append(f"{path.name} imports {name}: only cli may")
+            if words[0] == "mlx_lm" and room != "mlxlm":
+                wrong.append(f"{path.name} imports {name}: only mlxlm.py may")
+            if words[0] == "mlxlora" and len(words) > 1 and words[1] != "__version__" and level(words[1]) > level(room):
+                wrong.append(f"{path.relative_to(ROOT)} ({room}) imports {name}: upward")
+    assert not wrong, "\n".join(wrong)
