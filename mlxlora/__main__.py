@@ -1,0 +1,7 @@
+"""`python -m mlxlora` is the command `mlxlora`."""
+
+import sys
+
+from mlxlora.cli import main
+
+sys.exit(main())

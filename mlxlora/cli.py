@@ -1,0 +1,242 @@
+"""The command line: a verb is a public function, its flags, help and YAML come from the function's signature.
+
+This is the only module that prints results and decides exit codes. Results go to stdout, everything else to stderr.
+Exit codes: 0 done, 1 failed, 2 wrong input or usage, 128 + n stopped by signal n (and saved).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mlxlora.errors import ConfigError, MlxLoraError, nearest
+from mlxlora.version import __version__
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
+
+
+class Verb(NamedTuple):
+    """One line of the table: where the function lives, what it does, which parameters stand without a flag."""
+
+    function: str
+    about: str
+    positional: tuple[str, ...] = ()
+
+
+VERBS: dict[str, Verb] = {
+    "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
+}
+"""In the order in which a person meets them. A verb of two words (`data check`) is found by both."""
+
+SUPPLIED = ("control",)  # parameters that the command line fills in by itself, beside every `on_…`
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--traceback" in words
+    words = [word for word in words if word != "--traceback"]
+    try:
+        return run(words)
+    except MlxLoraError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1
+
+
+def run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0 if words else 2
+    if words[0] in ("-V", "--version"):
+        print(f"mlxlora {__version__}")
+        return 0
+    name, rest = find_verb(words)
+    verb = VERBS[name]
+    module, _, attribute = verb.function.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    parser = build_parser(name, verb, function)
+    arguments = parse(parser, normalise(parser, verb, rest))
+    as_json = bool(arguments.pop("json"))
+    arguments.pop("config", None)
+    return execute(function, arguments, as_json)
+
+
+def overview() -> str:
+    width = max(len(name) for name in VERBS)
+    lines = [f"  {name:<{width}}  {verb.about}" for name, verb in VERBS.items()]
+    return "\n".join(
+        [
+            f"mlxlora {__version__}: fine-tune language models with MLX",
+            "",
+            "usage: mlxlora VERB [flags]          mlxlora VERB --help tells the flags of a verb",
+            "",
+            *lines,
+            "",
+            "Every verb takes --json (the result as one JSON object), --config FILE.yaml and --traceback.",
+        ]
+    )
+
+
+def find_verb(words: list[str]) -> tuple[str, list[str]]:
+    for count in (2, 1):
+        name = " ".join(words[:count])
+        if name in VERBS:
+            return name, words[count:]
+    branches = [name for name in VERBS if name.startswith(f"{words[0]} ")]
+    if branches:
+        raise ConfigError(f"'{words[0]}' needs one more word: {', '.join(branches)}.")
+    raise ConfigError(
+        f"there is no verb '{words[0]}'.{nearest(words[0], list(VERBS))} `mlxlora --help` lists them all."
+    )
+
+
+def build_parser(name: str, verb: Verb, function: Callable[..., Any]) -> ArgumentParser:
+    import inspect
+
+    from jsonargparse import ArgumentParser
+
+    parameters = inspect.signature(function).parameters
+    supplied = {parameter for parameter in parameters if parameter.startswith("on_") or parameter in SUPPLIED}
+    parser = ArgumentParser(prog=f"mlxlora {name}", exit_on_error=False, description=verb.about)
+    parser.add_argument("--config", action="config", help="a YAML file with the same tree of options")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    if verb.positional:
+        hints = inspect.get_annotations(function, eval_str=True)
+        for parameter in verb.positional:
+            many = "list" in str(hints[parameter])
+            kind = hints[parameter]
+            if many:
+                parser.add_argument(parameter, type=str, nargs="+")
+            else:
+                parser.add_argument(parameter, type=kind)
+    parser.add_function_arguments(function, skip={*supplied, *verb.positional}, fail_untyped=True)
+    return parser
+
+
+def normalise(parser: ArgumentParser, verb: Verb, words: list[str]) -> list[str]:
+    """Spell the flags as the parser wants them.
+
+    `--max-length` becomes `--max_length`; a switch needs no value; a list takes several values and several flags.
+    """
+    actions = parser._option_string_actions
+    result: list[str] = []
+    lists: dict[str, list[str]] = {}
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("-", "_").replace("__", "--", 1) if flag not in actions else flag
+        action = actions.get(flag)
+        kind = kind_of(action)
+        if "list[" in kind.lower():
+            values = [value] if equals else []
+            while not equals and index < len(words) and not words[index].startswith("--"):
+                values.append(words[index])
+                index += 1
+            if not values:
+                raise ConfigError(f"{flag} needs a value.")
+            lists.setdefault(flag, []).extend(values)
+        elif kind == "<class 'bool'>" and not equals and (index == len(words) or words[index].startswith("--")):
+            result.append(f"{flag}=true")
+        else:
+            result.append(flag + equals + value)
+    for flag, values in lists.items():
+        alone = len(values) == 1 and (values[0].startswith("[") or "[str]" not in kind_of(actions[flag]))
+        result.append(f"{flag}={values[0] if alone else json.dumps(values)}")
+    return result
+
+
+def kind_of(action: Any) -> str:
+    """The annotation behind a flag, as text."""
+    return str(getattr(action, "_typehint", ""))
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
+    from argparse import ArgumentError
+
+    known = [flag.lstrip("-") for flag in parser._option_string_actions if not flag.endswith("+")]
+    try:
+        return dict(vars(parser.instantiate(parser.parse_args(words))))
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error), known)) from None
+
+
+def explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message, with the nearest known option beside an unknown one."""
+    import re
+
+    if match := re.match(r"unrecognized arguments: (?:--)?([\w.+-]+)", message):
+        name = match[1]
+        return f"unknown option --{name}.{nearest(name, known)}"
+    if match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
+        name = f"{match[1]}.{match[2]}"
+        return f"unknown option {name}.{nearest(name, known)}"
+    if match := re.search(r"(?:Key|Option) '(\S+)' is not (?:expected|accepted)", message):
+        return f"unknown option {match[1]}.{nearest(match[1], known)}"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        return "missing: " + ", ".join(f"--{name.strip()}" for name in match[1].split(","))
+    if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.S):
+        what = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[2]).replace("typing.", "")
+        return f"--{match[1]}: " + " ".join(what.split())
+    return message
+
+
+def execute(function: Callable[..., Any], arguments: dict[str, Any], as_json: bool) -> int:
+    import inspect
+
+    from mlxlora.reporting.console import Console
+
+    parameters = inspect.signature(function).parameters
+    with Console() as console:
+        if "on_progress" in parameters:
+            arguments["on_progress"] = console.progress
+        if "on_event" in parameters:
+            arguments["on_event"] = console.event
+        control = None
+        if "control" in parameters:
+            from mlxlora.training.events import Control
+
+            control = arguments["control"] = Control()
+            with control.signals():
+                result = function(**arguments)
+        else:
+            result = function(**arguments)
+    if as_json:
+        print(json.dumps(plain(result), ensure_ascii=False, indent=2))
+    elif result is not None:
+        print(result)
+    if control is not None and control.signum is not None:
+        return 128 + control.signum
+    return 0
+
+
+def plain(value: Any) -> Any:
+    """A result as JSON knows it: dataclasses as objects, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value

@@ -1,0 +1,154 @@
+"""What a run tells whoever watches it, and how the watcher tells it to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, TypeAlias
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The run is prepared and the first step comes next."""
+
+    step: int
+    """steps done before: 0, or where a resumed run goes on"""
+    steps: int
+    epochs: float
+    samples: int
+    trainable_parameters: int
+    total_parameters: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One update of the optimizer."""
+
+    step: int
+    steps: int
+    epoch: float
+    loss: float
+    """mean over the trained tokens of the step"""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """trained tokens so far"""
+    tokens_per_second: float
+    """trained tokens a second, in this step"""
+    processed_per_second: float
+    """all tokens a second, padding left out"""
+    samples: int
+    """samples seen so far"""
+    memory: int
+    """bytes in use"""
+    peak_memory: int
+    """bytes, the most so far"""
+    elapsed: float
+    remaining: float
+    """seconds, an estimate"""
+    best_loss: float | None
+    """the best validation loss so far"""
+    applied: bool = True
+    """False where the gradient was not finite and the update was left out"""
+
+
+@dataclass(frozen=True, slots=True)
+class Validation:
+    """The loss on the validation set."""
+
+    step: int
+    epoch: float
+    loss: float
+    tokens: int
+    best_loss: float | None
+    """the best after any update, this one included"""
+    best: bool
+    """this one is the best so far"""
+    elapsed: float
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint was published."""
+
+    step: int
+    path: Path
+    best: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something that a person should know."""
+
+    step: int
+    message: str
+
+
+Reason: TypeAlias = Literal["done", "stopped", "patience", "target_loss", "max_minutes"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The run ended, and why. `stopped` can be resumed."""
+
+    step: int
+    epoch: float
+    reason: Reason
+    loss: float | None
+    best_loss: float | None
+    best_step: int | None
+    elapsed: float
+    peak_memory: int
+
+
+Event: TypeAlias = Started | Step | Validation | Checkpoint | Notice | Finished
+
+
+class Control:
+    """The reins of a run: safe to use from a callback, another thread or a signal handler."""
+
+    def __init__(self) -> None:
+        self.stopping = False
+        self.signum: int | None = None
+        self._save = threading.Event()
+
+    def stop(self, signum: int | None = None) -> None:
+        """Stop after the current step; what has been learned is saved."""
+        self.stopping = True
+        self.signum = signum
+
+    def save(self) -> None:
+        """Save a checkpoint after the current step."""
+        self._save.set()
+
+    def take_save(self) -> bool:
+        """Whether a save was asked for since the last call."""
+        asked = self._save.is_set()
+        self._save.clear()
+        return asked
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Within the block, SIGINT, SIGTERM and SIGHUP stop the run; a second one raises KeyboardInterrupt at once."""
+        names = ("SIGINT", "SIGTERM", "SIGHUP")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def handle(signum: int, frame: FrameType | None) -> None:
+            if self.stopping:
+                raise KeyboardInterrupt
+            self.stop(signum)
+
+        before = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
