@@ -1,0 +1,309 @@
+"""The doors: `export` and `import_`, thin dispatch over one table of formats.
+
+A format is a module of this package with three functions, named in `FORMATS`:
+
+    write(job: ExportJob) -> list[str]                 fill job.out, which export() publishes by rename; returns notes
+    read(job: ImportJob) -> list[str]                  fill job.out from job.source; returns notes
+    read_back(job: ExportJob, probe: Probe) -> ReadBack  run the format's real reader on job.out; raises ReaderMissing
+
+Options of a format are one dataclass beside its code, and one parameter of `export` or `import_` below. An option group
+that the chosen format does not have is refused, not ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
+from mlxlora.files import new_directory, refuse_existing, sync
+from mlxlora_convert.probe import Probe, ReadBack, ReaderMissing
+
+Progress = Callable[[str, int, int], None]
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One foreign format.
+
+    title:     what a person calls it
+    write:     `module:function` that writes it, or None when it can only be read
+    read:      `module:function` that reads it, or None when it can only be written
+    read_back: `module:function` that runs its real reader
+    options:   names of the option groups (parameters of `export` and `import_`) that it takes
+    marks:     file names (glob) by which a directory or file of this format is recognised
+    suffix:    the format is one file with this ending; empty: a directory
+    adapter:   the format holds an adapter alone, so one is required
+    """
+
+    title: str
+    write: str | None = None
+    read: str | None = None
+    read_back: str | None = None
+    options: tuple[str, ...] = ()
+    marks: tuple[str, ...] = ()
+    suffix: str = ""
+    adapter: bool = False
+
+
+# One line a format.
+FORMATS: dict[str, Format] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the functions of a format are handed.
+
+    out:     where to write: a scratch directory or file of the final name, published by rename afterwards
+    options: the option groups that were given; ask for one with `option(Type)`
+    """
+
+    out: Path
+    model: str | None
+    options: tuple[Any, ...] = ()
+    revision: str | None = None
+    trust_remote_code: bool = False
+    on_progress: Progress | None = None
+
+    def option(self, kind: type[Options]) -> Options:
+        """The option group of this type as given, or its defaults."""
+        return next((given for given in self.options if isinstance(given, kind)), kind())
+
+    def progress(self, what: str, done: int, total: int) -> None:
+        """Report progress to whoever listens."""
+        if self.on_progress is not None:
+            self.on_progress(what, done, total)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportJob(Job):
+    """Write `model` (a directory or hub id), with `adapter` (`PATH` or `PATH=SCALE`, any number), to `out`."""
+
+    adapter: tuple[str, ...] = ()
+
+    @property
+    def base(self) -> str:
+        """The model; an export always has one."""
+        assert self.model is not None
+        return self.model
+
+
+@dataclass(frozen=True, slots=True)
+class ImportJob(Job):
+    """Read `source` into `out`; `model` is the base that an adapter belongs to."""
+
+    source: Path = field(default_factory=Path)
+
+    def needs_model(self, title: str) -> str:
+        """The base model. Raises ConfigError when none was given, for formats that cannot be read without."""
+        if self.model is None:
+            raise ConfigError(f"Reading a {title} needs the base model it belongs to: give it with --model.")
+        return self.model
+
+
+@dataclass(frozen=True, slots=True)
+class ExportResult:
+    """What an export wrote.
+
+    out:   the published directory or file
+    files: names of what was written, relative to a directory
+    bytes: their size together
+    check: what the format's real reader saw, or None
+    notes: what a person should know: what was folded, left out or not checked
+    """
+
+    format: str
+    out: Path
+    files: tuple[str, ...]
+    bytes: int
+    check: ReadBack | None
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: {FORMATS[self.format].title}, {len(self.files)} files, {self.bytes / 1e6:.1f} MB"]
+        lines += [str(self.check)] if self.check else []
+        return "\n".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, slots=True)
+class ImportResult:
+    """What an import wrote: `out`, readable wherever mlxlora asks for an adapter or a model."""
+
+    format: str
+    source: Path
+    out: Path
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = f"{self.out}: read from {self.source} ({FORMATS[self.format].title})"
+        return "\n".join([head, *self.notes])
+
+
+def export(
+    model: str,
+    to: str,
+    out: Path,
+    *,
+    adapter: list[str] | None = None,
+    check: bool = True,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
+) -> ExportResult:
+    """Write a model or an adapter in another program's format.
+
+    The result appears at `out` whole or not at all, after the format's real reader has agreed with us on a probe text.
+
+    Args:
+        model: the base model: a directory or hub id
+        to: the format
+        out: the directory or file to write; must not exist
+        adapter: adapters to export, or to fold into the model: `PATH` or `PATH=SCALE`; a run directory will do
+        check: run the format's real reader on the result, when it is installed, and compare log-probabilities
+        revision: branch, tag or commit of a hub id
+        trust_remote_code: allow code that the model directory brings along
+
+    Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
+    """
+    chosen = _format(to, "write")
+    options = _options(to, chosen)
+    if chosen.adapter and not adapter:
+        raise ConfigError(f"--to {to} writes an adapter, and none was given: name one with --adapter.")
+    out = Path(out)
+    if chosen.suffix and out.suffix != chosen.suffix:
+        raise ConfigError(f"--to {to} writes one file: --out must end in {chosen.suffix}, not '{out.name}'.")
+    with _scratch(out, file=bool(chosen.suffix)) as scratch:
+        job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, tuple(adapter or ()))
+        notes = list(_function(chosen.write)(job))
+        seen = _read_back(chosen, job, notes) if check else None
+        files = [scratch] if scratch.is_file() else sorted(path for path in scratch.rglob("*") if path.is_file())
+        names = tuple(path.name if path == scratch else str(path.relative_to(scratch)) for path in files)
+        size = sum(path.stat().st_size for path in files)
+    return ExportResult(to, out, names, size, seen, tuple(notes))
+
+
+def import_(
+    source: Path,
+    out: Path,
+    *,
+    model: str | None = None,
+    format: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    on_progress: Progress | None = None,
+) -> ImportResult:
+    """Read an adapter or a model from another program's format.
+
+    The result appears at `out` whole or not at all.
+
+    Args:
+        source: the directory or file to read
+        out: the directory to write; must not exist
+        model: the base model that an adapter belongs to: a directory or hub id
+        format: what `source` is; found from its files when not given
+        revision: branch, tag or commit of a hub id
+        trust_remote_code: allow code that the model directory brings along
+
+    Raises FormatError for files that do not hold what their format promises, AdapterError for an adapter of another
+    model, UnsupportedError for what we have no form for.
+    """
+    source, out = Path(source), Path(out)
+    name = format if format is not None else recognise(source)
+    chosen = _format(name, "read")
+    with new_directory(out) as scratch:
+        job = ImportJob(scratch, model, (), revision, trust_remote_code, on_progress, source)
+        notes = _function(chosen.read)(job)
+    return ImportResult(name, source, out, tuple(notes))
+
+
+def recognise(source: Path) -> str:
+    """The name of the format of a file or directory, from the names of its files.
+
+    Raises ConfigError when no format or more than one fits.
+    """
+    if not source.exists():
+        raise ConfigError(f"{source} does not exist.")
+    names = [source] if source.is_file() else sorted(source.iterdir())
+    found = [
+        name
+        for name, known in FORMATS.items()
+        if known.read and any(path.match(mark) for path in names for mark in known.marks)
+    ]
+    if len(found) == 1:
+        return found[0]
+    looked = "\n".join(
+        f"  {name}: {', '.join(known.marks)}" for name, known in FORMATS.items() if known.read and known.marks
+    )
+    what = f"could be {' or '.join(found)}" if found else "is in no format that can be read"
+    raise ConfigError(f"{source} {what}. Say which with --format. A format is recognised by:\n{looked}")
+
+
+def _format(name: str, direction: Literal["write", "read"]) -> Format:
+    possible = [known for known, entry in FORMATS.items() if getattr(entry, direction)]
+    if name not in FORMATS:
+        raise ConfigError(f"'{name}' is no known format.{nearest(name, possible)} Known: {', '.join(possible)}.")
+    if name not in possible:
+        verb = {"write": "written", "read": "read"}[direction]
+        raise UnsupportedError(f"{FORMATS[name].title} cannot be {verb}. Possible: {', '.join(possible)}.")
+    return FORMATS[name]
+
+
+def _options(name: str, chosen: Format, **given: Any) -> tuple[Any, ...]:
+    """The given option groups. Raises ConfigError for those that the format does not take."""
+    set_ = {group: value for group, value in given.items() if value is not None}
+    foreign = [group for group in set_ if group not in chosen.options]
+    if foreign:
+        has = ", ".join(f"--{group}.*" for group in chosen.options) or "no options"
+        raise ConfigError.of(
+            "Options of another format:",
+            [Problem(f"--{group}.*", f"--to {name} does not have them", f"It has {has}") for group in foreign],
+        )
+    return tuple(set_.values())
+
+
+def _function(reference: str | None) -> Callable[..., Any]:
+    """`module:function` of this package, imported when it is needed."""
+    assert reference is not None
+    module, _, function = reference.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(f"mlxlora_convert.{module}"), function)
+    return found
+
+
+def _read_back(chosen: Format, job: ExportJob, notes: list[str]) -> ReadBack | None:
+    """Let the real reader read what was written. Raises MlxLoraError when it sees another model."""
+    if chosen.read_back is None:
+        return None
+    try:
+        seen: ReadBack = _function(chosen.read_back)(job, Probe(job))
+    except ReaderMissing as missing:
+        notes.append(str(missing))
+        return None
+    if not seen.difference <= seen.bound:
+        raise MlxLoraError(
+            f"{seen}: more than {seen.bound:g}, so this is not the same model. Nothing was written. "
+            "Please report this with the model's config.json; --check false writes it all the same."
+        )
+    return seen
+
+
+@contextlib.contextmanager
+def _scratch(out: Path, *, file: bool) -> Iterator[Path]:
+    """A scratch directory or file of the same name as `out` that becomes `out` by rename."""
+    if not file:
+        with new_directory(out) as directory:
+            yield directory
+        return
+    refuse_existing(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent) as folder:
+        path = Path(folder, out.name)
+        yield path
+        sync(path)
+        path.rename(out)
+    sync(out.parent)

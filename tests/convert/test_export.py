@@ -1,0 +1,115 @@
+"""The doors themselves: what is published when, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from mlxlora_convert import export as doors
+from mlxlora_convert.probe import ReadBack, ReaderMissing
+
+from mlxlora.errors import ConfigError, MlxLoraError, UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Shout:
+    """Options of the format below."""
+
+    text: str = "hello"
+
+
+@pytest.fixture
+def formats(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    """Two formats made here: one writes a directory, the other one file; the test sets what the reader sees."""
+    module = types.ModuleType("mlxlora_convert.shouting")
+
+    def write(job: doors.ExportJob) -> list[str]:
+        job.out.mkdir(exist_ok=True)
+        (job.out / "a.txt").write_text(job.option(Shout).text)
+        return ["one note"]
+
+    def write_file(job: doors.ExportJob) -> list[str]:
+        job.out.write_text("x")
+        return []
+
+    def read_back(job: doors.ExportJob, probe: object) -> ReadBack:
+        return ReadBack("the reader", 64, module.seen, 1e-3)
+
+    def missing(job: doors.ExportJob, probe: object) -> ReadBack:
+        raise ReaderMissing("the reader", "pip install reader")
+
+    vars(module).update(write=write, write_file=write_file, read_back=read_back, missing=missing, seen=1e-6)
+    monkeypatch.setitem(sys.modules, "mlxlora_convert.shouting", module)
+    entries = {
+        "shout": doors.Format("shout", write="shouting:write", read_back="shouting:read_back", options=("shout",)),
+        "one": doors.Format("one file", write="shouting:write_file", suffix=".one", marks=("*.one",)),
+        "alone": doors.Format("adapter", write="shouting:write", read_back="shouting:missing", adapter=True),
+        "readable": doors.Format("readable", read="shouting:write", marks=("*.readable",)),
+    }
+    for name, entry in entries.items():
+        monkeypatch.setitem(doors.FORMATS, name, entry)
+    return module
+
+
+def test_what_is_written_is_published_with_what_the_reader_saw(formats: types.ModuleType, tmp_path: Path) -> None:
+    result = doors.export("base", "shout", tmp_path / "out")
+    assert result.files == ("a.txt",) and result.bytes == 5 and result.notes == ("one note",)
+    assert "read back by the reader, 64 tokens, max |Δ logprob| 1.0e-06" in str(result)
+    assert (tmp_path / "out" / "a.txt").read_text() == "hello"
+
+
+@pytest.mark.parametrize("seen", [0.5, float("nan")])
+def test_a_result_that_reads_as_another_model_is_not_published(
+    formats: types.ModuleType, tmp_path: Path, seen: float
+) -> None:
+    formats.seen = seen
+    with pytest.raises(MlxLoraError, match="not the same model"):
+        doors.export("base", "shout", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    assert doors.export("base", "shout", tmp_path / "out", check=False).check is None
+
+
+def test_a_missing_reader_is_said(formats: types.ModuleType, tmp_path: Path) -> None:
+    result = doors.export("base", "alone", tmp_path / "out", adapter=["some"])
+    assert result.check is None
+    assert "Not read back: the reader is not installed (pip install reader)." in result.notes
+
+
+def test_one_file(formats: types.ModuleType, tmp_path: Path) -> None:
+    assert doors.export("base", "one", tmp_path / "m.one").files == ("m.one",)
+    assert [path.name for path in tmp_path.iterdir()] == ["m.one"]
+    with pytest.raises(ConfigError, match=r"must end in \.one"):
+        doors.export("base", "one", tmp_path / "m.two")
+
+
+def test_refusals(formats: types.ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'shout'"):
+        doors.export("base", "shot", tmp_path / "out")
+    with pytest.raises(ConfigError, match="none was given"):
+        doors.export("base", "alone", tmp_path / "out")
+    with pytest.raises(UnsupportedError, match="readable cannot be written"):
+        doors.export("base", "readable", tmp_path / "out")
+    with pytest.raises(ConfigError, match="--to alone does not have them"):
+        doors._options("alone", doors.FORMATS["alone"], shout=Shout())
+    assert doors._options("shout", doors.FORMATS["shout"], shout=Shout("x"), other=None) == (Shout("x"),)
+    assert not list(tmp_path.iterdir())
+
+
+def test_formats_are_recognised_by_their_files(formats: types.ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "x.readable").touch()
+    assert doors.recognise(tmp_path) == doors.recognise(tmp_path / "x.readable") == "readable"
+    (tmp_path / "x.readable").rename(tmp_path / "x.foreign")
+    with pytest.raises(ConfigError, match="in no format that can be read"):
+        doors.recognise(tmp_path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        doors.recognise(tmp_path / "nothing")
+
+
+def test_every_function_of_the_table_exists() -> None:
+    for name, entry in doors.FORMATS.items():
+        for reference in (entry.write, entry.read, entry.read_back):
+            assert reference is None or callable(doors._function(reference)), name
+        assert entry.write or entry.read, name
