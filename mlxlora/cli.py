@@ -32,6 +32,8 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
+    "export": Verb("mlxlora_convert.export:export", "write an adapter or a model in another program's format"),
+    "import": Verb("mlxlora_convert.export:import_", "read an adapter or a model of another program", ("source",)),
 }
 """In the order in which a person meets them. A verb of two words (`data check`) is found by both."""
 
