@@ -1,0 +1,188 @@
+"""config.json: read with care, spelled so that every reader understands it, and judged.
+
+transformers 5 writes the rotary settings as `rope_parameters`, transformers 4 and most of mlx-lm's models read
+`rope_theta` and `rope_scaling`, and whoever finds the other spelling silently takes defaults: another model, without an
+error. `spelled_both_ways` writes both. `silently_wrong` names what mlx-lm computes otherwise than the model's authors
+whatever the configuration says.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlxlora import files
+from mlxlora.errors import ModelError, Problem
+
+Config = dict[str, Any]
+
+# the names by which architectures say what `rope_parameters` calls rope_theta and partial_rotary_factor
+_THETA_NAMES = {"gpt_neox": "rotary_emb_base"}
+_PARTIAL_NAMES = {"gpt_neox": "rotary_pct"}
+
+
+def read_config(directory: Path) -> Config:
+    """config.json of a model directory, as it stands there.
+
+    Raises ModelError when it is missing, no JSON object, or names no model_type.
+    """
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{directory} holds no config.json, so it is no model directory.")
+    config = files.read_json(path)
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} holds {type(config).__name__}, not an object.")
+    problems = [
+        Problem(name, f"must be {what}, not {config[name]!r}")
+        for name, kind, what in (("model_type", str, "a name"), ("text_config", dict, "an object"))
+        if name in config and not isinstance(config[name], kind)
+    ]
+    if "model_type" not in config:
+        problems.append(Problem("model_type", "is missing, so the architecture is unknown"))
+    if problems:
+        raise ModelError.of(f"{path} cannot be used:", problems)
+    return config
+
+
+def text_config(config: Config) -> Config:
+    """The part of a configuration that describes the language model (multimodal models nest it)."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, dict) else config
+
+
+def spelled_both_ways(config: Config) -> Config:
+    """A copy of `config` in which the rotary settings stand in the spelling of transformers 5 and in that of 4.
+
+    What is already there is kept; nothing is invented where neither spelling says anything.
+    """
+    spelled = dict(config)
+    if isinstance(spelled.get("text_config"), dict):
+        spelled["text_config"] = spelled_both_ways(spelled["text_config"])
+    parameters = spelled.get("rope_parameters")
+    if isinstance(parameters, dict) and parameters:
+        if all(isinstance(value, dict) for value in parameters.values()):
+            _spell_per_layer_type(spelled, parameters)
+        else:
+            _spell_old(spelled, parameters)
+    elif "rope_theta" in spelled or isinstance(spelled.get("rope_scaling"), dict):
+        _spell_new(spelled)
+    return spelled
+
+
+def _spell_old(config: Config, parameters: Config) -> None:
+    """`rope_theta`, `rope_scaling`, `partial_rotary_factor` from `rope_parameters`."""
+    kind = str(config.get("model_type", ""))
+    if "rope_theta" in parameters:
+        config.setdefault("rope_theta", parameters["rope_theta"])
+        if kind in _THETA_NAMES:
+            config.setdefault(_THETA_NAMES[kind], parameters["rope_theta"])
+    if "partial_rotary_factor" in parameters:
+        config.setdefault("partial_rotary_factor", parameters["partial_rotary_factor"])
+        if kind in _PARTIAL_NAMES:
+            config.setdefault(_PARTIAL_NAMES[kind], parameters["partial_rotary_factor"])
+    if config.get("rope_scaling") is None:
+        scaling = _scaling(parameters)
+        if scaling is not None:
+            config["rope_scaling"] = scaling
+    original = parameters.get("original_max_position_embeddings")
+    if original is not None and parameters.get("rope_type", parameters.get("type")) in ("longrope", "su"):
+        config.setdefault("original_max_position_embeddings", original)
+
+
+def _scaling(parameters: Config) -> Config | None:
+    """`rope_scaling` with its kind under both names, or None where nothing is scaled."""
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if kind == "default":
+        return None
+    left = {key: value for key, value in parameters.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    return {**left, "rope_type": kind, "type": kind}
+
+
+def _spell_per_layer_type(config: Config, parameters: Config) -> None:
+    """The same for models whose kinds of layer rotate differently (Gemma 3 and its like)."""
+    full, sliding = parameters.get("full_attention"), parameters.get("sliding_attention")
+    if full is not None:
+        _spell_old(config, full)
+    if sliding is not None and "rope_theta" in sliding:
+        config.setdefault("rope_local_base_freq", sliding["rope_theta"])
+    layers = config.get("layer_types")
+    if "sliding_window_pattern" not in config and isinstance(layers, list) and "full_attention" in layers:
+        period = layers.index("full_attention") + 1
+        regular = all((kind == "full_attention") == ((i + 1) % period == 0) for i, kind in enumerate(layers))
+        if regular:
+            config["sliding_window_pattern"] = period
+
+
+def _spell_new(config: Config) -> None:
+    """`rope_parameters` from `rope_theta`, `rope_scaling` and what else stands beside them."""
+    if config.get("rope_local_base_freq") is not None or "rope_parameters" in config:
+        return  # per-layer-type settings: transformers itself reads the old spelling of these
+    scaling = config.get("rope_scaling")
+    scaling = dict(scaling) if isinstance(scaling, dict) else {}
+    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    scaling.pop("type", None)
+    if isinstance(config.get("rope_scaling"), dict):
+        config["rope_scaling"] = {**config["rope_scaling"], "rope_type": kind, "type": kind}
+    parameters: Config = {"rope_type": kind, **scaling}
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if config.get(name) is not None:
+            parameters.setdefault(name, config[name])
+    config["rope_parameters"] = parameters
+
+
+def silently_wrong(config: Config) -> list[str]:
+    """What mlx-lm 0.32 computes differently from this model's authors, without an error: one sentence each.
+
+    Found by comparing logits with transformers. Empty for a model on which both agree.
+    """
+    text = text_config(config)
+    kind = text.get("model_type", config.get("model_type"))
+    found = []
+    window, longest = text.get("sliding_window"), text.get("max_position_embeddings")
+    uses_window = kind in ("mistral", "gemma2") or (kind == "qwen2" and text.get("use_sliding_window", False))
+    if uses_window and isinstance(window, int) and (not isinstance(longest, int) or window < longest):
+        found.append(
+            f"mlx-lm attends over the whole context, where this {kind} model was made to see {window} tokens: "
+            f"texts longer than {window} tokens get other logits. Keep to {window} tokens."
+        )
+    partial = text.get("partial_rotary_factor", 1.0)
+    if kind == "glm" and partial not in (None, 1.0):
+        found.append(f"mlx-lm's glm rotates another part of each head than this model's {partial:g}: logits differ.")
+    scaling = text.get("rope_scaling")
+    scaled = isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("longrope", "su")
+    if kind in ("phi3", "phimoe") and scaled:
+        original = text.get("original_max_position_embeddings", 4096)
+        found.append(
+            f"mlx-lm uses longrope's long factors at every length; this model was made with its short factors for "
+            f"texts of up to {original} tokens: their logits differ."
+        )
+    if kind in ("gemma", "starcoder2", "gpt_neox"):
+        found.append(
+            "mlx-lm uses the exact GELU where this model's authors use its tanh form: logits differ by about 5e-4."
+        )
+    return found
+
+
+def check_supported_files(directory: Path, config: Config, *, trust_remote_code: bool) -> Path | None:
+    """Decide about model-supplied code: the file to run, or None where there is none to run.
+
+    Raises ModelError when the model wants its own code run and that was not allowed, or when the file is missing or
+    lies outside the model directory.
+    """
+    wanted = config.get("model_file")
+    if wanted is None:
+        return None
+    if not isinstance(wanted, str):
+        raise ModelError(f"{directory}/config.json: model_file must be a file name, not {wanted!r}.")
+    if not trust_remote_code:
+        raise ModelError(
+            f"{directory} wants to run its own code ({wanted}) to build its network. Read that file; if you trust it, "
+            "run again with --trust_remote_code."
+        )
+    root = Path(directory).resolve()
+    path = (root / wanted).resolve()
+    if not path.is_relative_to(root):
+        raise ModelError(f"{directory}/config.json: model_file {wanted!r} lies outside the model directory.")
+    if path.suffix != ".py" or not path.is_file():
+        raise ModelError(f"{directory}/config.json: model_file {wanted!r} is no Python file in the model directory.")
+    return path

@@ -1,0 +1,87 @@
+"""From what a user types to a model directory on this machine: a path, or a name on the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from mlxlora.errors import ModelError
+
+# what a model needs, and nothing else: no original checkpoints, no ONNX, no images
+MODEL_FILES = (
+    "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl",
+    "*.jinja",
+)  # fmt: skip
+# where a repository holds no safetensors
+TORCH_FILES = ("pytorch_model*.bin", "model*.bin")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+def find(source: str | Path, *, revision: str | None = None) -> Path:
+    """The directory of a model: `source` itself if it is one, else the hub's copy, fetched where it is not yet here.
+
+    revision: branch, tag or commit on the hub; refused for a local directory
+    Only the needed files are fetched; an interrupted download goes on; what is here is not fetched again.
+    Raises ModelError, in one line, when there is no such directory and no such name, or no way to the hub.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ModelError(f"{source} is a local directory: a revision ({revision}) belongs to a name on the hub.")
+        return path
+    name = str(source)
+    if path.exists():
+        raise ModelError(f"{source} is a file; a model is a directory with config.json and weights.")
+    looks_local = isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local or not _NAME.fullmatch(name) or ".." in name:
+        raise ModelError(f"{source}: there is no such directory.")
+    return _fetch(name, revision)
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    at = f"{name} at revision {revision}" if revision else name
+    try:
+        try:
+            listed = [entry.rfilename for entry in HfApi().model_info(name, revision=revision).siblings or []]
+        except (OfflineModeIsEnabled, ConnectionError, OSError) as error:
+            if isinstance(error, HfHubHTTPError):
+                raise
+            return Path(
+                snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True)
+            )
+        wanted = list(MODEL_FILES)
+        if not any(file.endswith(".safetensors") for file in listed):
+            wanted += TORCH_FILES
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except GatedRepoError:
+        raise ModelError(
+            f"{name} is gated: accept its terms at https://huggingface.co/{name} and sign in with `hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise ModelError(f"The hub has {name}, but no revision '{revision}' of it.") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"{name}: no such directory here, and no such model on the hub (or it is private: `hf auth login`)."
+        ) from None
+    except HFValidationError:
+        raise ModelError(f"{name}: no such directory, and no name that the hub allows.") from None
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "none"
+        raise ModelError(f"The hub answered {status} for {at}: {str(error).splitlines()[0]}") from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"{at}: no such directory here, and the hub cannot be reached (no network, or offline mode)."
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{at} could not be fetched: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,281 @@
+"""Tiny models and tokenizers, made in the test: random weights, hidden 32, two layers, a vocabulary of 512.
+
+tiny.config("qwen3")                       a config.json as both mlx-lm and transformers read it
+tiny.network("qwen3", seed=1)              an mlx-lm network with random weights
+tiny.tokenizer(directory)                  a byte-level BPE tokenizer with a ChatML template
+tiny.model_directory(path, "qwen3")        all of that as a model directory in MLX's layout
+tiny.transformers_directory(path, "qwen3") the same by way of transformers, in Hugging Face's layout (needs torch)
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlxlora import architecture, mlxlm
+
+VOCABULARY = 512
+CHATML = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "torch_dtype": "float32",
+}
+_GEMMA = {"head_dim": 8, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
+_MLA = {
+    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "moe_layer_freq": 1,
+}  # fmt: skip
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "mlp_bias": False},
+    "mistral": {"architectures": ["MistralForCausalLM"], "head_dim": 8, "sliding_window": None},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, "use_sliding_window": False},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8, "tie_word_embeddings": True},
+    "gemma": {"architectures": ["GemmaForCausalLM"], **_GEMMA},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"], **_GEMMA, "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "query_pre_attn_scalar": 8, "sliding_window": 512,
+    },
+    "gemma3_text": {
+        "architectures": ["Gemma3ForCausalLM"], **_GEMMA, "query_pre_attn_scalar": 8, "sliding_window": 16,
+        "sliding_window_pattern": 2, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
+    },
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 512,
+    "partial_rotary_factor": 1.0},
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
+        "sliding_window": None,
+    },
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "qwen3_moe": {
+        "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
+    },
+    "olmoe": {
+        "architectures": ["OlmoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False,
+    },
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
+    "deepseek_v2": {
+        "architectures": ["DeepseekV2ForCausalLM"], **_MLA, "topk_method": "greedy", "norm_topk_prob": False,
+        "head_dim": 8,
+        "rope_scaling": {
+            "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "beta_fast": 32, "beta_slow": 1,
+        },
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"], **_MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "cohere": {
+        "architectures": ["CohereForCausalLM"], "logit_scale": 0.25, "tie_word_embeddings": True,
+        "layer_norm_eps": 1e-5,
+        "use_qk_norm": False,
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"], "logits_scaling": 2.0, "attention_multiplier": 0.35,
+        "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "mlp_bias": False,
+    },
+    "smollm3": {
+        "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0], "no_rope_layer_interval": 2,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+    },
+    "stablelm": {
+        "architectures": ["StableLmForCausalLM"], "use_qkv_bias": False, "partial_rotary_factor": 0.25,
+        "layer_norm_eps": 1e-5, "use_parallel_residual": False, "qk_layernorm": False,
+    },
+    "starcoder2": {
+        "architectures": ["Starcoder2ForCausalLM"], "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True,
+        "sliding_window": None,
+    },
+    "glm4": {
+        "architectures": ["Glm4ForCausalLM"], "head_dim": 8, "partial_rotary_factor": 0.5,
+    },
+}  # fmt: skip
+_GPT2 = {
+    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 512, "n_embd": 32, "n_head": 4, "n_layer": 2,
+    "n_positions": 512, "layer_norm_epsilon": 1e-5, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 2,
+    "tie_word_embeddings": True, "torch_dtype": "float32",
+}  # fmt: skip
+
+FAMILIES = (*_FAMILIES, "gpt2")
+
+
+def config(family: str, **changes: Any) -> dict[str, Any]:
+    """The configuration of a tiny model of `family` (one of FAMILIES; "gemma3" is its text model), with `changes`."""
+    family = {"gemma3": "gemma3_text"}.get(family, family)
+    if family == "gpt2":
+        return {**_GPT2, **changes}
+    return {**_COMMON, "model_type": family, **_FAMILIES[family], **changes}
+
+
+def network(family: str, seed: int = 0, *, dtype: mx.Dtype = mx.float32, **changes: Any) -> nn.Module:
+    """A network with random weights, large enough that logits differ visibly from token to token.
+
+    mlx-lm may draw norms and gates as ones and zeros; here everything is random, so that nothing cancels by accident.
+    """
+    built = mlxlm.build(architecture.spelled_both_ways(config(family, **changes)))
+    key = mx.random.key(seed)
+    names = [name for name, _ in tree_flatten(built.parameters())]
+    keys = dict(zip(names, mx.random.split(key, len(names)), strict=True))
+
+    def draw(name: str, old: mx.array) -> mx.array:
+        if not mx.issubdtype(old.dtype, mx.floating):
+            return old
+        noise = mx.random.normal(old.shape, key=keys[name])
+        if old.ndim == 1:  # norms near one where they scale, biases near zero
+            return ((1.0 if "norm" in name and "bias" not in name else 0.0) + 0.1 * noise).astype(dtype)
+        return (noise * (0.5 if "embed" in name or "wte" in name else 1.0) / old.shape[-1] ** 0.5).astype(dtype)
+
+    built.update(tree_map_with_path(draw, built.parameters()))
+    mx.eval(built.parameters())
+    built.eval()
+    return built
+
+
+@functools.cache
+def _trained_tokenizer() -> Path:
+    """Trained once a session: 512 entries of byte-level BPE over a little English, code and Unicode."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    built = Tokenizer(models.BPE())
+    built.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    built.decoder = decoders.ByteLevel()
+    text = [
+        "The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.",
+        "user assistant system question answer hello thank you please one two three four five six seven eight nine ten",
+        "SELECT name FROM people WHERE age > 30 ORDER BY name; def add(a, b): return a + b  # and so on, 1234567890",
+        "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich. 東京は日本の首都です。 Привет, мир!",
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=list(SPECIAL),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    built.train_from_iterator(text * 4, trainer)
+    fill = VOCABULARY - built.get_vocab_size()
+    built.add_tokens([AddedToken(f"<|unused{i}|>", special=True) for i in range(fill)])
+    directory = Path(tempfile.mkdtemp(prefix="mlxlora-tiny-"))
+    built.save(str(directory / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 512,
+        "chat_template": CHATML,
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return directory
+
+
+def tokenizer(directory: Path, *, template: str | None = CHATML) -> Path:
+    """Write a tokenizer of 512 entries with a ChatML template (or `template`; None for a model without one)."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    made = _trained_tokenizer()
+    shutil.copy(made / "tokenizer.json", directory)
+    settings = json.loads((made / "tokenizer_config.json").read_text())
+    settings["chat_template"] = template
+    if template is None:
+        del settings["chat_template"]
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
+    return directory
+
+
+def model_directory(
+    path: Path,
+    family: str = "llama",
+    quantize: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    dtype: mx.Dtype = mx.float32,
+    template: str | None = CHATML,
+    **changes: Any,
+) -> Path:
+    """A whole model directory in MLX's layout, which mlxlora and mlx-lm load.
+
+    For the families whose `sanitize()` changes nothing (llama, qwen3, gemma, phi3, …) transformers loads it, too;
+    for mixtures of experts and MLA use `transformers_directory`.
+    quantize: `{"bits": 4, "group_size": 32, "mode": "affine"}` or a part of that
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    settings = config(family, **changes)
+    built = network(family, seed, dtype=dtype, **changes)
+    settings["torch_dtype"] = str(dtype).rsplit(".", 1)[-1]
+    if quantize is not None:
+        wanted = {"group_size": 32, "bits": 4, "mode": "affine", **quantize}
+        nn.quantize(built, **wanted)
+        settings["quantization"] = settings["quantization_config"] = wanted
+    tensors = dict(tree_flatten(built.parameters()))
+    mx.save_safetensors(
+        str(path / "model.safetensors"), tensors, metadata={"format": "pt" if quantize is None else "mlx"}
+    )
+    (path / "config.json").write_text(json.dumps(settings, indent=2))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
+    tokenizer(path, template=template)
+    return path
+
+
+def transformers_directory(path: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
+    """A model directory written by transformers (random weights, float32, Hugging Face's layout). Needs torch."""
+    import torch
+    import transformers
+
+    path = Path(path)
+    settings = {key: value for key, value in config(family, **changes).items() if key != "torch_dtype"}
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(**settings))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn_like(parameter)
+            if parameter.ndim == 1:
+                parameter.copy_((1.0 if "norm" in name and "bias" not in name else 0.0) + 0.1 * noise)
+            else:
+                parameter.copy_(noise * (0.5 if "embed" in name or "wte" in name else 1.0) / parameter.shape[-1] ** 0.5)
+    model.float().save_pretrained(path)
+    tokenizer(path)
+    return path
