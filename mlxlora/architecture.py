@@ -142,7 +142,7 @@ def silently_wrong(config: Config) -> list[str]:
     uses_window = kind in ("mistral", "gemma2") or (kind == "qwen2" and text.get("use_sliding_window", False))
     if uses_window and isinstance(window, int) and (not isinstance(longest, int) or window < longest):
         found.append(
-            f"mlx-lm attends over the whole context, where this {kind} model was made to see {window} tokens: "
+            f"mlx-lm attends over the whole context, where this {kind} model was made with a window of {window}: "
             f"texts longer than {window} tokens get other logits. Keep to {window} tokens."
         )
     partial = text.get("partial_rotary_factor", 1.0)
