@@ -1,0 +1,171 @@
+"""Put adapters into a network, and take them out again so that the network is as it was."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlxlora.adapters import weights
+from mlxlora.adapters.config import AdapterConfig
+from mlxlora.adapters.layer import AdapterLayer
+from mlxlora.adapters.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlxlora.adapters.select import select
+from mlxlora.errors import ConfigError, UnsupportedError
+
+Layers = list[tuple[Callable[[nn.Module], bool], type[AdapterLayer]]]
+
+LAYERS: dict[str, Layers] = {
+    "lora": [
+        (weights.is_linear, LoRALinear),
+        (weights.is_embedding, LoRAEmbedding),
+        (weights.is_experts, LoRASwitchLinear),
+    ],
+}
+"""Adapter type: which layer goes around which kind of module. A new type of adapter is one file and one entry here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Injection:
+    """What was put into a network, and what it takes to undo it.
+
+    Attributes:
+        config:    the settings
+        paths:     paths of the adapted modules, ordered
+        left_out:  modules that a preset meant but that cannot carry this adapter, with the reason
+        trainable: number of weights that train
+        total:     number of weights of the network, each packed one counted
+    """
+
+    config: AdapterConfig
+    paths: tuple[str, ...]
+    left_out: dict[str, str]
+    trainable: int
+    total: int
+    frozen_before: tuple[tuple[nn.Module, frozenset[str]], ...] = field(repr=False, compare=False, default=())
+
+
+def inject(network: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injection:
+    """Freeze `network`, put adapters around the modules that `config` means, and leave only these trainable.
+
+    The adapters start without effect. Their random start depends on `seed` and on the path of the module alone.
+    Raises ConfigError when the network carries adapters already or when a target means nothing in it.
+    """
+    refuse_injected(network)
+    selection = select(network, config)
+    refuse_shared(network, selection.chosen)
+    before = tuple((module, frozenset(module._no_grad)) for _, module in network.named_modules())
+    total = count_weights(network)
+    network.freeze()
+    try:
+        for path, module in selection.chosen.items():
+            layer = layer_type(config.type, module).wrap(module, config.layer(path), start_key(seed, path))
+            layer.unfreeze(recurse=False, keys=list(layer.learned))
+            set_module(network, path, layer)
+    except BaseException:
+        _restore(network, before)
+        raise
+    trainable = sum(array.size for _, array in _leaves(network.trainable_parameters()))
+    injection = Injection(config, tuple(selection.chosen), selection.left_out, trainable, total, before)
+    object.__setattr__(network, "_injection", injection)
+    return injection
+
+
+def injected(network: nn.Module) -> Injection | None:
+    """What `inject` put into this network, or None."""
+    return vars(network).get("_injection")
+
+
+def remove(network: nn.Module) -> None:
+    """Take all adapters out: the same module objects as before stand in their places, trainable as before."""
+    injection = injected(network)
+    _restore(network, injection.frozen_before if injection else ())
+    if injection:
+        object.__delattr__(network, "_injection")
+
+
+def _restore(network: nn.Module, frozen: tuple[tuple[nn.Module, frozenset[str]], ...]) -> None:
+    for path, module in network.named_modules():
+        if isinstance(module, AdapterLayer):
+            set_module(network, path, module.base)
+    for module, names in frozen:
+        module._no_grad = set(names)
+
+
+def layer_type(kind: str, module: nn.Module) -> type[AdapterLayer]:
+    """The adapter layer of this type for this module."""
+    for fits, layer in LAYERS[kind]:
+        if fits(module):
+            return layer
+    raise UnsupportedError(f"{type(module).__name__} cannot carry {kind}.")
+
+
+def start_key(seed: int, path: str) -> mx.array:
+    """The randomness for the start of the module at `path`: it does not depend on which other modules are adapted."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return mx.random.key(int.from_bytes(digest[:8], "big"))
+
+
+def refuse_injected(network: nn.Module) -> None:
+    """Raise ConfigError when the network carries adapters."""
+    carrying = next((path for path, m in network.named_modules() if isinstance(m, AdapterLayer)), None)
+    if injected(network) is not None or carrying is not None:
+        raise ConfigError(f"The model carries adapters already ({carrying or 'full'}). Remove them first.")
+
+
+def refuse_shared(network: nn.Module, chosen: dict[str, nn.Module]) -> None:
+    """Raise UnsupportedError when one module object stands in two places: its adapters would fight."""
+    first: dict[int, str] = {}
+    for path, module in chosen.items():
+        if id(module) in first:
+            raise UnsupportedError(
+                f"{path} and {first[id(module)]} are one and the same module; adapt neither of them."
+            )
+        first[id(module)] = path
+
+
+def get_module(network: nn.Module, path: str) -> nn.Module:
+    """The module at `path`. Raises KeyError when there is none."""
+    place: Any = network
+    for part in path.split(".") if path else []:
+        try:
+            place = place[int(part)] if isinstance(place, (list, tuple)) else place[part]
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise KeyError(path) from None
+    if not isinstance(place, nn.Module):
+        raise KeyError(path)
+    return place
+
+
+def set_module(network: nn.Module, path: str, module: nn.Module) -> None:
+    """Put `module` where another stands."""
+    parent, _, name = path.rpartition(".")
+    place: Any = network
+    for part in parent.split(".") if parent else []:
+        place = place[int(part)] if isinstance(place, (list, tuple)) else place[part]
+    place[int(name) if isinstance(place, (list, tuple)) else name] = module
+
+
+def count_weights(network: nn.Module) -> int:
+    """The number of weights of a network; of packed ones, what they unpack to."""
+    total = 0
+    for _, module in network.named_modules():
+        arrays = {k: v for k, v in module.items() if isinstance(v, mx.array) and not k.startswith("_")}
+        if "scales" in arrays and weights.quantization(module):
+            size = 1
+            for width in weights.shape(module):
+                size *= width
+            total += size + (arrays["bias"].size if "bias" in arrays else 0)
+        else:
+            total += sum(array.size for array in arrays.values())
+    return total
+
+
+def _leaves(tree: Any) -> list[tuple[str, mx.array]]:
+    flat: list[tuple[str, mx.array]] = tree_flatten(tree)
+    return flat

@@ -1,0 +1,145 @@
+"""What all adapted layers share: a base layer, a few learned arrays beside it, and the way back."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any, ClassVar, Self
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora.adapters import weights
+from mlxlora.adapters.config import LayerConfig
+
+FORWARDED = frozenset({"bias", "biases", "scales", "global_scale", "group_size", "bits", "mode", "num_experts"})
+
+
+class AdapterLayer(nn.Module):
+    """A layer of the model with something learned beside it.
+
+    The base layer is the very object that stood in the model; it is never written to. Adapter arrays are float32; the
+    forward pass runs in the dtype of the input.
+
+    Attributes:
+        rank:    rank of the factors
+        scale:   what their product is multiplied with
+        dropout: probability of zeroing an input of the adapter; it acts only while a dropout key is set
+    """
+
+    learned: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
+    base_name: ClassVar[str] = "linear"
+    rank: int
+    scale: float
+    dropout: float
+    _dropout_key: mx.array | None
+
+    def __init__(self, layer: nn.Module, config: LayerConfig) -> None:
+        super().__init__()
+        self[self.base_name] = layer
+        self.rank, self.scale, self.dropout = config.rank, config.scale, config.dropout
+        self.set_dropout_key(None)
+
+    @classmethod
+    def wrap(cls, layer: nn.Module, config: LayerConfig, key: mx.array | None = None) -> Self:
+        """Put an adapter that changes nothing yet around `layer`; `key` is the randomness of its start.
+
+        `layer` itself stays as it is and is freed again by taking `.base`.
+        """
+        wrapped = cls(layer, config)
+        wrapped.start(mx.random.key(0) if key is None else key)
+        wrapped.train(layer.training)
+        return wrapped
+
+    @abstractmethod
+    def start(self, key: mx.array) -> None:
+        """Make the learned arrays such that the layer computes what its base does."""
+
+    @abstractmethod
+    def adapted(self) -> mx.array:
+        """The weight that one plain layer would need to do the same: float32, unpacked."""
+
+    @abstractmethod
+    def changes(self) -> bool:
+        """Whether the adapter has any effect (a fresh one, and one of scale 0, have none)."""
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer below the adapter."""
+        layer: nn.Module = self[self.base_name]
+        return layer
+
+    @property
+    def input_dims(self) -> int:
+        """Width of the input (for an embedding: number of tokens)."""
+        base = weights.shape(self.base)
+        return base[0] if weights.is_embedding(self.base) else base[-1]
+
+    @property
+    def output_dims(self) -> int:
+        """Width of the output."""
+        base = weights.shape(self.base)
+        return base[-1] if weights.is_embedding(self.base) else base[-2]
+
+    def fuse(self, *, dequantize: bool = False) -> nn.Module:
+        """One plain layer that computes what base and adapter do together.
+
+        It keeps dtype, bias and quantization of the base (`dequantize` unpacks it). The base itself comes back where
+        the adapter changes nothing, so that not a byte of it moves.
+        """
+        packed = weights.quantization(self.base)
+        if not self.changes():
+            return weights.like(self.base, weights.dense(self.base), None) if packed and dequantize else self.base
+        return weights.like(self.base, self.adapted(), None if dequantize else packed)
+
+    def set_dropout_key(self, key: mx.array | None) -> None:
+        """The randomness of the next forward passes; None switches dropout off."""
+        object.__setattr__(self, "_dropout_key", key)  # no entry of the module's dict: it is state of no one
+
+    def drop(self, x: mx.array) -> mx.array:
+        """`x` with some entries zeroed and the others scaled up; `x` itself when no dropout key is set."""
+        if self._dropout_key is None or self.dropout == 0:
+            return x
+        keep = mx.random.bernoulli(1 - self.dropout, x.shape, self._dropout_key)
+        return mx.where(keep, x * (1 / (1 - self.dropout)), mx.zeros((), x.dtype))
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models read the weight of a layer themselves: they get the adapted one, and the packing as it is."""
+        if name == "weight":
+            base = self.base
+            return base["weight"] if weights.quantization(base) else self.adapted().astype(base["weight"].dtype)
+        if name in FORWARDED:
+            return getattr(self.base, name)
+        return super().__getattr__(name)
+
+    def _extra_repr(self) -> str:
+        return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def kaiming(key: mx.array, shape: tuple[int, ...], width: int) -> mx.array:
+    """Uniform in ±1/√width: how PEFT and mlx-lm start the first factor."""
+    bound = 1 / width**0.5
+    return mx.random.uniform(-bound, bound, shape, mx.float32, key)
+
+
+def adapter_layers(module: nn.Module) -> list[tuple[str, AdapterLayer]]:
+    """Every adapted layer below `module` (or `module` itself, with the path ''), ordered by path."""
+    found = [(path, layer) for path, layer in module.named_modules() if isinstance(layer, AdapterLayer)]
+    return sorted(found, key=lambda item: item[0])
+
+
+def set_dropout_keys(module: nn.Module, key: mx.array | None) -> None:
+    """Give every adapted layer below `module` its own part of `key`, in path order; None switches dropout off.
+
+    Deterministic: the same key means the same masks, so a recomputed block sees what the first pass saw.
+    """
+    layers = [layer for _, layer in adapter_layers(module) if layer.dropout > 0]
+    if key is None or not layers:
+        for layer in layers:
+            layer.set_dropout_key(None)
+        return
+    for layer, part in zip(layers, mx.random.split(key, len(layers)), strict=True):
+        layer.set_dropout_key(part)

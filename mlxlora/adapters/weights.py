@@ -1,0 +1,149 @@
+"""The weight of a layer, whatever it is stored as: its true width, its values, and a like layer with other values."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora import mlxlm
+
+MODES = {"affine": None, "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # mode: its only (group size, bits)
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How a weight is packed: as in `mx.quantize`."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    def as_config(self) -> dict[str, Any]:
+        """As an entry of `quantization` in a config.json that mlx-lm reads."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer that computes what `nn.Linear` or `nn.QuantizedLinear` does (not: a subclass with its own call)."""
+    return _same_call(module, nn.Linear, nn.QuantizedLinear)
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """A table of embeddings that computes what `nn.Embedding` or `nn.QuantizedEmbedding` does."""
+    return _same_call(module, nn.Embedding, nn.QuantizedEmbedding)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """The stacked linear layers of a mixture of experts, as in mlx-lm's models."""
+    return _same_call(module, *switch_types())
+
+
+def switch_types() -> tuple[type[nn.Module], ...]:
+    """mlx-lm's `SwitchLinear` and `QuantizedSwitchLinear`; empty while no model that could hold one has been loaded."""
+    if "mlx_lm.models.switch_layers" not in sys.modules:
+        return ()
+    layers = mlxlm.switch_layers()
+    return layers.SwitchLinear, layers.QuantizedSwitchLinear
+
+
+def _same_call(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    return any(isinstance(module, kind) and type(module).__call__ is kind.__call__ for kind in kinds)
+
+
+def quantization(layer: nn.Module) -> Quantization | None:
+    """How the weight of `layer` is packed, or None where it is not."""
+    if "scales" not in layer:
+        return None
+    return Quantization(layer.group_size, layer.bits, layer.mode)
+
+
+def shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape that the weight has when it is not packed: [out, in], or [experts, out, in].
+
+    The width comes from the scales, one for each group, because `32 // bits` is no whole number for 3, 5 and 6 bits.
+    """
+    *rows, width = layer["weight"].shape
+    packed = quantization(layer)
+    return (*rows, layer["scales"].shape[-1] * packed.group_size if packed else width)
+
+
+def dtype(layer: nn.Module) -> mx.Dtype:
+    """The floating dtype that the layer computes in when its input has it too; float32 where the layer does not say."""
+    packed = quantization(layer)
+    kept = layer["scales"] if packed else layer["weight"]
+    if mx.issubdtype(kept.dtype, mx.floating):
+        return kept.dtype
+    return layer["bias"].dtype if "bias" in layer else mx.float32
+
+
+def dense(layer: nn.Module) -> mx.array:
+    """The values of the weight in float32, unpacked where they are packed."""
+    packed = quantization(layer)
+    if packed is None:
+        return layer["weight"].astype(mx.float32)
+    weight, scales, biases = layer["weight"], layer["scales"], layer.get("biases")
+    common: dict[str, Any] = {"group_size": packed.group_size, "bits": packed.bits, "mode": packed.mode}
+    if packed.mode == "affine":
+        return mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), **common)
+    overall = layer.get("global_scale")
+    if overall is None:
+        return mx.dequantize(weight, scales, dtype=mx.float32, **common)
+    each = [
+        mx.dequantize(weight[i], scales[i], global_scale=overall[i], dtype=mx.float32, **common)
+        for i in range(weight.shape[0])
+    ]
+    return mx.stack(each)
+
+
+def pack(weight: mx.array, packed: Quantization, kept: mx.Dtype) -> dict[str, mx.array]:
+    """`weight`, scales and, where the mode has them, biases of a weight, rounded to nearest; scales in `kept`."""
+    values, scales, *biases = mx.quantize(weight, packed.group_size, packed.bits, packed.mode)
+    arrays = {"weight": values, "scales": scales}
+    if packed.mode == "affine":
+        arrays |= {"scales": scales.astype(kept), "biases": biases[0].astype(kept)}
+    return arrays
+
+
+def like(layer: nn.Module, weight: mx.array, packed: Quantization | None) -> nn.Module:
+    """A new layer that does what `layer` does with another weight (float32, unpacked), packed as `packed` says.
+
+    The bias and the dtype stay; nothing else of `layer` is shared.
+    """
+    kept = dtype(layer)
+    arrays = pack(weight, packed, kept) if packed else {"weight": weight.astype(kept)}
+    return assemble(layer, arrays, packed)
+
+
+def assemble(layer: nn.Module, arrays: dict[str, mx.array], packed: Quantization | None) -> nn.Module:
+    """A new layer of the kind of `layer` with other `arrays` (weight; scales and biases when packed) and its bias."""
+    made = _empty(layer, packed)
+    for name in ("weight", "scales", "biases", "global_scale"):
+        made.pop(name, None)
+    for name, array in arrays.items():
+        made[name] = array
+    if "bias" in layer:
+        made["bias"] = layer["bias"]
+    if packed is not None:
+        made.freeze()
+    made.train(layer.training)
+    return made
+
+
+def _empty(layer: nn.Module, packed: Quantization | None) -> nn.Module:
+    """A small layer of the right class; its arrays are replaced at once."""
+    settings: dict[str, Any] = packed.as_config() if packed else {}
+    group = packed.group_size if packed else 32
+    width = max(group, 32)
+    if is_linear(layer):
+        return nn.QuantizedLinear(width, 1, False, **settings) if packed else nn.Linear(width, 1, False)
+    if is_embedding(layer):
+        made = nn.QuantizedEmbedding(1, width, **settings) if packed else nn.Embedding(1, width)
+        if packed:
+            made.num_embeddings, made.dims = shape(layer)
+        return made
+    plain, quantized = switch_types()
+    return quantized(width, 1, 1, False, **settings) if packed else plain(width, 1, 1, False)
