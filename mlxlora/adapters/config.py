@@ -82,7 +82,7 @@ class AdapterConfig:
 
     def _value_problems(self) -> list[Problem]:
         problems = []
-        if self.type not in ("lora", "dora", "full"):
+        if str(self.type) not in ("lora", "dora", "full"):
             problems.append(Problem("type", f"must be lora, dora or full, not {self.type!r}"))
         for name, rank in [("rank", self.rank), *((f"rank_pattern[{p!r}]", r) for p, r in self.rank_pattern.items())]:
             if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -107,7 +107,7 @@ class AdapterConfig:
     def _contradictions(self) -> list[Problem]:
         problems = []
         if self.type == "full":
-            given = {"dropout": self.dropout, "rslora": self.rslora}
+            given: dict[str, object] = {"dropout": self.dropout, "rslora": self.rslora}
             given |= {"rank_pattern": self.rank_pattern, "alpha_pattern": self.alpha_pattern}
             for name in [name for name, value in given.items() if value]:
                 problems.append(Problem(name, "means nothing with type full", "Leave it out, or use lora or dora."))

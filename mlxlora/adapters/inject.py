@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -167,5 +167,4 @@ def count_weights(network: nn.Module) -> int:
 
 
 def _leaves(tree: Any) -> list[tuple[str, mx.array]]:
-    flat: list[tuple[str, mx.array]] = tree_flatten(tree)
-    return flat
+    return cast(list[tuple[str, mx.array]], tree_flatten(tree))

@@ -34,7 +34,7 @@ class AdapterLayer(nn.Module):
     _dropout_key: mx.array | None
 
     def __init__(self, layer: nn.Module, config: LayerConfig) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self[self.base_name] = layer
         self.rank, self.scale, self.dropout = config.rank, config.scale, config.dropout
         self.set_dropout_key(None)

@@ -57,7 +57,7 @@ class LoRALinear(LoRA):
         return ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = self.linear(x)
+        y: mx.array = self.linear(x)
         return y + self.effect(x, y)
 
 
@@ -83,7 +83,7 @@ class LoRASwitchLinear(LoRA):
         return z.astype(y.dtype)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        y: mx.array = self.linear(x, indices, sorted_indices=sorted_indices)
         return y + self.effect(x, y, indices, sorted_indices)
 
 
@@ -115,10 +115,10 @@ class LoRAEmbedding(LoRA):
         return ((self.scale * z) @ self.lora_a.T.astype(x.dtype)).astype(y.dtype)
 
     def __call__(self, tokens: mx.array) -> mx.array:
-        y = self.embedding(tokens)
+        y: mx.array = self.embedding(tokens)
         return y + self.effect(tokens, y)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The tied head: scores for every token."""
-        y = self.embedding.as_linear(x)
+        y: mx.array = self.embedding.as_linear(x)
         return y + self.effect_as_linear(x, y)

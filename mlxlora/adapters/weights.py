@@ -28,7 +28,7 @@ class Quantization:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A linear layer that computes what `nn.Linear` or `nn.QuantizedLinear` does (not: a subclass with its own call)."""
+    """A linear layer that computes what `nn.Linear` or `nn.QuantizedLinear` does, not a subclass with its own."""
     return _same_call(module, nn.Linear, nn.QuantizedLinear)
 
 
@@ -42,7 +42,7 @@ def is_experts(module: nn.Module) -> bool:
     return _same_call(module, *switch_types())
 
 
-def switch_types() -> tuple[type[nn.Module], ...]:
+def switch_types() -> tuple[type[Any], ...]:
     """mlx-lm's `SwitchLinear` and `QuantizedSwitchLinear`; empty while no model that could hold one has been loaded."""
     if "mlx_lm.models.switch_layers" not in sys.modules:
         return ()
@@ -74,20 +74,23 @@ def shape(layer: nn.Module) -> tuple[int, ...]:
 def dtype(layer: nn.Module) -> mx.Dtype:
     """The floating dtype that the layer computes in when its input has it too; float32 where the layer does not say."""
     packed = quantization(layer)
-    kept = layer["scales"] if packed else layer["weight"]
+    kept: mx.array = layer["scales"] if packed else layer["weight"]
     if mx.issubdtype(kept.dtype, mx.floating):
         return kept.dtype
-    return layer["bias"].dtype if "bias" in layer else mx.float32
+    bias: mx.array | None = layer.get("bias")
+    return mx.float32 if bias is None else bias.dtype
 
 
 def dense(layer: nn.Module) -> mx.array:
     """The values of the weight in float32, unpacked where they are packed."""
     packed = quantization(layer)
+    weight: mx.array = layer["weight"]
     if packed is None:
-        return layer["weight"].astype(mx.float32)
-    weight, scales, biases = layer["weight"], layer["scales"], layer.get("biases")
+        return weight.astype(mx.float32)
+    scales: mx.array = layer["scales"]
     common: dict[str, Any] = {"group_size": packed.group_size, "bits": packed.bits, "mode": packed.mode}
     if packed.mode == "affine":
+        biases: mx.array = layer["biases"]
         return mx.dequantize(weight, scales.astype(mx.float32), biases.astype(mx.float32), **common)
     overall = layer.get("global_scale")
     if overall is None:
@@ -146,4 +149,5 @@ def _empty(layer: nn.Module, packed: Quantization | None) -> nn.Module:
             made.num_embeddings, made.dims = shape(layer)
         return made
     plain, quantized = switch_types()
-    return quantized(width, 1, 1, False, **settings) if packed else plain(width, 1, 1, False)
+    experts: nn.Module = quantized(width, 1, 1, False, **settings) if packed else plain(width, 1, 1, False)
+    return experts

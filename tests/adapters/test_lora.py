@@ -58,10 +58,11 @@ def test_embedding_tied(mode):
     assert mx.array_equal(layer.as_linear(x), base.as_linear(x))
     stirred(layer)
     delta = 2.0 * layer.lora_a @ layer.lora_b
-    close(layer(tokens), base(tokens) + delta[tokens])
+    half = mode is not None and mode[0] != "affine"  # MLX looks up embeddings of these modes in bfloat16
+    close(layer(tokens), base(tokens) + delta[tokens], 1e-2 if half else 1e-5)
     close(layer.as_linear(x), base.as_linear(x) + x @ delta.T)
     fused = layer.fuse(dequantize=True)
-    close(fused(tokens), layer(tokens))
+    close(fused(tokens), layer(tokens), 1e-2 if half else 1e-5)
     close(fused.as_linear(x), layer.as_linear(x))
     assert type(layer.fuse()) is type(base)
 
