@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal
 
 from mlxlora.errors import ConfigError, Problem
 
@@ -95,7 +95,7 @@ class AdapterConfig:
             problems.append(Problem("dropout", f"must be at least 0 and below 1, not {self.dropout!r}"))
         if any(not target.strip() for target in self.targets):
             problems.append(Problem("targets", "holds an empty name"))
-        layers = self.layers
+        layers: Any = self.layers
         if isinstance(layers, str) and layers != "all":
             problems.append(Problem("layers", f"must be 'all', a number or a list of numbers, not {layers!r}"))
         if isinstance(layers, bool) or (isinstance(layers, int) and layers < 1):
