@@ -1,0 +1,75 @@
+# make demo   the main job with the embedded model and data, offline
+# make test   lint, types and tests
+# Both set up what they need in .venv first. `make help` lists the rest.
+
+VENV ?= .venv
+PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13 3.14,$(shell command -v python$(v) 2>/dev/null)) python3)
+BIN := $(VENV)/bin
+
+# On Linux MLX's wheel links a reference BLAS; with OpenBLAS in front float32 products are up to 49 times faster.
+OPENBLAS ?= $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib/*/libopenblas.so.0 \
+            /usr/lib64/libopenblasp.so.0 /usr/lib64/libopenblas.so.0))
+FAST := $(if $(OPENBLAS),env LD_PRELOAD=$(OPENBLAS))
+# the tests run in two processes with one thread each
+TESTS := env OPENBLAS_NUM_THREADS=1 $(FAST) $(BIN)/python -m pytest
+
+.PHONY: help demo test lint parity faults architectures bench setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo           fine-tune, score, fuse and quantize the embedded model (offline, about two minutes)"
+	@echo "make test           lint, types, tests"
+	@echo "make parity         tests against PyTorch, transformers, PEFT and llama.cpp (installs them: 1.5 GB)"
+	@echo "make faults         the long form of the fault tests"
+	@echo "make architectures  one LoRA step on every architecture of mlx-lm"
+	@echo "make bench          speed and memory against mlx-lm and PyTorch + PEFT, as ratios"
+	@echo "make clean          remove .venv and everything generated"
+
+# a stamp that is older than pyproject.toml, or an environment whose interpreter is gone, is made anew
+$(BIN)/.ready: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "mlxlora needs Python 3.11 or newer, but $(PYTHON) is older. Say which: make PYTHON=/path/to/python3.12"; exit 2; }
+	@$(BIN)/python -c '' 2>/dev/null || rm -rf $(VENV)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+setup:
+	@$(BIN)/python -c 'import mlxlora' 2>/dev/null || rm -f $(BIN)/.ready
+	@$(MAKE) --no-print-directory $(BIN)/.ready
+ifeq ($(shell uname -s),Linux)
+ifeq ($(OPENBLAS),)
+	@echo "note: without OpenBLAS MLX is very slow on a Linux CPU: apt-get install libopenblas0-pthread" >&2
+endif
+endif
+
+demo: setup
+	$(FAST) $(BIN)/mlxlora demo
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(TESTS) -n 2 -m "not parity and not faults and not architectures"
+
+parity: setup
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet 'torch==2.13.0'
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	$(TESTS) -n 2 -m parity
+
+faults: setup
+	$(TESTS) -m faults -s
+
+architectures: setup
+	$(TESTS) -m architectures -s
+
+bench: setup
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(FAST) $(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
