@@ -9,6 +9,7 @@
     │   ├── FormatError          a foreign file that does not hold what its format promises
     │   └── RunError             a run directory: locked, finished, or of another configuration
     ├── UnsupportedError         exit code 2: well-formed, but this cannot be done with it
+    ├── DiskFullError            exit code 1: the disk has not the room; nothing half written
     ├── TrainingError            exit code 1: a run that had to stop (not a number, out of memory, disk full)
     └── Interrupted              exit code 128 + signal; the run is saved
 
@@ -93,6 +94,10 @@ class UnsupportedError(MlxLoraError):
     """The input is well-formed, but what was asked cannot be done with it."""
 
     exit_code = 2
+
+
+class DiskFullError(MlxLoraError):
+    """The disk has not the room for what is to be written. What stood there before is as it was."""
 
 
 class TrainingError(MlxLoraError):

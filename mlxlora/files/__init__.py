@@ -1,0 +1,48 @@
+"""Files that appear whole or not at all, and files that are read with care.
+
+publish.py  scratch, flush, rename: nothing that mlxlora publishes is ever half there
+reading.py  JSON, YAML, hashes
+tensors.py  safetensors: the header is checked before MLX maps a byte
+archive.py  ZIP: members stay below their folder, and do not grow without bound
+space.py    room on the disk, before and while writing
+"""
+
+from mlxlora.files.archive import extract_zip, zip_members
+from mlxlora.files.publish import (
+    new_directory,
+    refuse_existing,
+    remove_directory,
+    sweep_scratch,
+    sync,
+    sync_tree,
+    write_json,
+    write_whole,
+)
+from mlxlora.files.reading import parse_json, read_json, read_text, read_yaml, sha256
+from mlxlora.files.space import free_space, human_bytes, require_space, room_for
+from mlxlora.files.tensors import check_safetensors, load_safetensors, save_safetensors
+
+__all__ = [
+    "check_safetensors",
+    "extract_zip",
+    "free_space",
+    "human_bytes",
+    "load_safetensors",
+    "new_directory",
+    "parse_json",
+    "read_json",
+    "read_text",
+    "read_yaml",
+    "refuse_existing",
+    "remove_directory",
+    "require_space",
+    "room_for",
+    "save_safetensors",
+    "sha256",
+    "sweep_scratch",
+    "sync",
+    "sync_tree",
+    "write_json",
+    "write_whole",
+    "zip_members",
+]

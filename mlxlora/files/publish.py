@@ -1,0 +1,206 @@
+"""Files and directories that appear whole or not at all.
+
+Everything that mlxlora publishes goes through `new_directory` or `write_whole`: written beside its place under another
+name, flushed to the disk, then renamed. A directory that replaces another is exchanged with it in one system call where
+the system can (Linux: renameat2, macOS: renamex_np), so that a reader always finds one of the two.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlxlora.errors import InputError
+from mlxlora.files.space import room_for
+from mlxlora.files.tensors import check_safetensors
+
+SCRATCH = ".tmp-"  # in the name of everything that is not published yet
+ABANDONED = 60.0  # seconds after which scratch that nobody holds is taken for a dead process's
+
+
+def sync(path: Path) -> None:
+    """Flush one file or directory entry to the disk (macOS: to the platter, which `fsync` alone does not promise)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        if sys.platform == "darwin":
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot: nothing more to be done
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(directory: Path) -> None:
+    """Flush every file below `directory`, and the directories themselves."""
+    for root, _, names in os.walk(directory):
+        for name in names:
+            sync(Path(root, name))
+        sync(Path(root))
+
+
+@contextlib.contextmanager
+def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a scratch directory that becomes `target` by rename when the block ends without an error.
+
+    Before it is published, the header of every safetensors file in it is checked. With `replace`, a reader finds
+    the old directory or the new one at every moment (see `exchange`).
+
+    Raises InputError when `target` exists (unless `replace`; an empty directory counts as absent), DiskFullError when
+    the disk runs full. On any error the scratch directory is removed and `target` is as it was.
+    """
+    target = Path(target)
+    if not replace:
+        refuse_existing(target)
+    elif target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise InputError(f"{target} is not a directory. Remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    sweep_scratch(target.parent, f".{target.name}{SCRATCH}", abandoned=ABANDONED)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
+    held = os.open(scratch, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)  # says to others that this scratch has a living owner
+        scratch.chmod(0o755)
+        with room_for(target, scratch):
+            yield scratch
+            for file in scratch.rglob("*.safetensors"):
+                check_safetensors(file)
+            sync_tree(scratch)
+            publish(scratch, target)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+    finally:
+        os.close(held)
+
+
+def publish(scratch: Path, target: Path) -> None:
+    """Put the directory `scratch` in the place of `target`, and remove what stood there."""
+    if target.is_dir() and any(target.iterdir()):
+        if exchange(scratch, target):
+            sync(target.parent)
+            shutil.rmtree(scratch, ignore_errors=True)
+            return
+        # No exchange on this file system: for the time between two renames the old one stands under
+        # `.target.tmp-…/old`, from where `sweep_scratch` brings it back should the process die just then.
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
+        target.rename(aside / "old")
+        scratch.rename(target)
+        sync(target.parent)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        scratch.rename(target)  # an empty directory is replaced by the rename itself
+        sync(target.parent)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two directory entries in one system call; False where system or file system cannot."""
+    library = ctypes.CDLL(None, use_errno=True)
+    names = (os.fsencode(one), os.fsencode(other))
+    if sys.platform == "darwin":
+        rename_swap = 0x2
+        failed = library.renamex_np(names[0], names[1], ctypes.c_uint(rename_swap))
+    elif hasattr(library, "renameat2"):
+        at_cwd, rename_exchange = -100, 0x2
+        failed = library.renameat2(at_cwd, names[0], at_cwd, names[1], ctypes.c_uint(rename_exchange))
+    else:
+        return False
+    if not failed:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(code, os.strerror(code), str(other))
+
+
+def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) -> list[Path]:
+    """Remove the scratch of dead processes in `parent`, and return what was removed.
+
+    Scratch with a living owner (it holds a lock on it) stays, and so does what is younger than `abandoned` seconds.
+    A directory that was moved aside and whose successor never came is put back.
+    """
+    removed = []
+    for path in sorted(Path(parent).iterdir()):
+        if not path.name.startswith(prefix) or SCRATCH not in path.name:
+            continue
+        try:
+            if time.time() - path.stat().st_mtime < abandoned or not _ownerless(path):
+                continue
+            target = path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0])
+            if (path / "old").is_dir() and len(list(path.iterdir())) == 1 and not target.exists():
+                (path / "old").rename(target)
+            remove_directory(path) if path.is_dir() else path.unlink()
+        except FileNotFoundError:  # another process sweeps here too
+            continue
+        removed.append(path)
+    return removed
+
+
+def _ownerless(path: Path) -> bool:
+    if not path.is_dir():
+        return True
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(handle)
+    return True
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a published directory so that nobody sees it half removed: renamed to scratch, then deleted."""
+    path = Path(path)
+    if SCRATCH in path.name:
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}{SCRATCH}", dir=path.parent))
+    path.rename(aside / "removed")
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise InputError when `target` is a file or a directory with something in it."""
+    target = Path(target)
+    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise InputError(f"{target} exists already. Choose another place, or remove it first.")
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Write a file by way of a scratch file and a rename. Raises DiskFullError when the disk runs full."""
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with room_for(path):
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}{SCRATCH}", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+            sync(path.parent)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, whole or not at all."""
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,136 @@
+"""What a run needs to go on as if it had never stopped, saved and loaded bit for bit.
+
+A checkpoint is a directory of four files:
+
+    manifest.json          SHA-256 and size of each of the others, the step, and whose run it is; written last
+    adapter.safetensors    the trained weights, as the trainer holds them
+    optimizer.safetensors  the optimizer's state, flat
+    state.json             step, epoch, position in the epoch, counters
+
+Random state needs no place here: the trainer derives it from seed and step.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlxlora.errors import FormatError, InputError, Problem
+from mlxlora.files import load_safetensors, read_json, save_safetensors, sha256, write_json
+
+FORMAT = 1  # of the directory; another number is refused
+MANIFEST = "manifest.json"
+FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass
+class TrainingState:
+    """A run between two steps.
+
+    step:      optimizer steps done
+    epoch:     the epoch that the next step belongs to, from 0
+    position:  planned batches of that epoch already used
+    adapter:   trained weights by parameter path
+    optimizer: the optimizer's state as a flat dictionary (scalars as arrays)
+    counters:  whatever else the loop counts, as JSON: best loss, tokens seen, seconds elapsed, patience
+    """
+
+    step: int
+    epoch: int
+    position: int
+    adapter: dict[str, mx.array]
+    optimizer: dict[str, mx.array]
+    counters: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that this state takes in a checkpoint (headers aside)."""
+        return sum(array.nbytes for part in (self.adapter, self.optimizer) for array in part.values())
+
+
+def write_checkpoint(directory: Path, state: TrainingState, owner: str) -> None:
+    """Write `state` into an existing empty directory, the manifest last.
+
+    owner: what identifies the run; `read_checkpoint` compares it
+    """
+    mx.eval(state.adapter, state.optimizer)
+    save_safetensors(directory / "adapter.safetensors", state.adapter)
+    save_safetensors(directory / "optimizer.safetensors", state.optimizer)
+    progress = {"step": state.step, "epoch": state.epoch, "position": state.position, "counters": state.counters}
+    write_json(directory / "state.json", progress)
+    write_json(
+        directory / MANIFEST,
+        {
+            "format": FORMAT,
+            "kind": "checkpoint",
+            "step": state.step,
+            "run": owner,
+            "files": file_records(directory, FILES),
+        },
+    )
+
+
+def file_records(directory: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """name → size and SHA-256, for a manifest."""
+    return {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)} for name in names}
+
+
+def wrong_files(directory: Path, records: Any, names: tuple[str, ...]) -> list[Problem]:
+    """What differs between the files of a directory and the records of its manifest."""
+    if not isinstance(records, dict):
+        return [Problem(MANIFEST, "lists no files")]
+    problems = []
+    for name in names:
+        record, path = records.get(name), directory / name
+        if not isinstance(record, dict):
+            problems.append(Problem(name, "is not in the manifest"))
+        elif not path.is_file():
+            problems.append(Problem(name, "is missing"))
+        elif path.stat().st_size != record.get("bytes"):
+            problems.append(Problem(name, f"expected {record.get('bytes')} bytes, found {path.stat().st_size}"))
+        elif sha256(path) != record.get("sha256"):
+            problems.append(Problem(name, "its bytes are not those that were written (SHA-256 differs)"))
+    return problems
+
+
+def read_checkpoint(directory: Path, owner: str) -> TrainingState:
+    """The state that `write_checkpoint` wrote, after every file has been compared with the manifest.
+
+    Raises FormatError naming the file when anything is missing, changed, of another format or of another run.
+    """
+    manifest = _read(directory / MANIFEST)
+    problems = wrong_files(directory, manifest.get("files"), FILES)
+    if manifest.get("format") != FORMAT:
+        problems.insert(0, Problem(MANIFEST, f"expected format {FORMAT}, found {manifest.get('format')}"))
+    if manifest.get("run") != owner:
+        problems.insert(0, Problem(MANIFEST, "belongs to another run"))
+    if problems:
+        raise FormatError.of(f"{directory} is damaged:", problems)
+    progress = _read(directory / "state.json")
+    state = TrainingState(
+        step=progress["step"],
+        epoch=progress["epoch"],
+        position=progress["position"],
+        adapter=load_safetensors(directory / "adapter.safetensors"),
+        optimizer=load_safetensors(directory / "optimizer.safetensors"),
+        counters=progress["counters"],
+    )
+    if state.step != manifest.get("step"):
+        raise FormatError(
+            f"{directory} is damaged: {MANIFEST} says step {manifest.get('step')}, the state {state.step}."
+        )
+    mx.eval(state.adapter, state.optimizer)  # nothing may refer to the files once pruning can remove them
+    return state
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except InputError as error:
+        raise FormatError(str(error)) from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} is not a JSON object.")
+    return value

@@ -1,0 +1,99 @@
+"""One writer for a run directory, by a lock that the kernel gives up when its owner dies."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+import time
+import weakref
+from pathlib import Path
+
+from mlxlora.errors import RunError
+
+_held: weakref.WeakSet[RunLock] = weakref.WeakSet()
+_follows_forks = False
+
+
+class RunLock:
+    """`RUN/.lock`, held. It says in words who holds it; what counts is the kernel's lock (flock) on it."""
+
+    def __init__(self, path: Path, handle: int, created: bool) -> None:
+        self.path = path
+        self._handle: int | None = handle
+        self._created = created
+        _held.add(self)
+        _close_in_children()
+
+    @classmethod
+    def take(cls, directory: Path) -> RunLock:
+        """Lock a directory (made when it does not exist). Raises RunError at once when another holds it."""
+        created = not directory.exists()
+        while True:
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / ".lock"
+            try:
+                handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+            except FileNotFoundError:  # an owner removed the directory that it had made; make it again
+                continue
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same_file(handle, path):
+                    break
+                os.close(handle)  # the owner let go, and removed the file, between our two calls: take the new one
+            except BlockingIOError:
+                owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
+                os.close(handle)
+                raise RunError(
+                    f"{directory} is in use: {owner or 'another process'} trains in it."
+                    " Wait for it, stop it, or choose another --out."
+                ) from None
+            except BaseException:
+                os.close(handle)
+                raise
+        os.ftruncate(handle, 0)
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+        return cls(path, handle, created)
+
+    def keep_directory(self) -> None:
+        """The directory has been written to: `release` leaves it."""
+        self._created = False
+
+    def release(self) -> None:
+        """Let go. A directory that was made for the lock, and is empty again, is removed."""
+        if self._handle is None:
+            return
+        with contextlib.suppress(OSError):
+            self.path.unlink(missing_ok=True)  # before the lock is given up: nobody else's file is removed
+        if self._created:
+            with contextlib.suppress(OSError):
+                self.path.parent.rmdir()
+        os.close(self._handle)
+        self._handle = None
+
+    def _forget(self) -> None:
+        if self._handle is not None:
+            os.close(self._handle)
+            self._handle = None
+
+
+def _same_file(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _close_in_children() -> None:
+    """A forked child (a data worker) must not keep the lock alive after its parent has been killed."""
+    global _follows_forks
+    if not _follows_forks:
+        os.register_at_fork(after_in_child=_forget_all)
+        _follows_forks = True
+
+
+def _forget_all() -> None:
+    for lock in list(_held):
+        lock._forget()

@@ -1,0 +1,301 @@
+"""The run directory: one writer, nothing half written, and the way back to the last whole checkpoint.
+
+    RUN/config.yaml            everything resolved; `mlxlora train --config` repeats the run
+    RUN/run.json               what the run depends on (its identity), and whether it is finished
+    RUN/metrics.jsonl          one event a line
+    RUN/adapter/               the newest whole adapter        ┐ each appears by rename or exchange:
+    RUN/best/                  the one of the best validation  │ a reader finds the old one or the new one
+    RUN/checkpoints/step-N/    see checkpoint.py               ┘
+    RUN/.lock                  there while a process trains
+
+Order of publishing: `best/`, `adapter/`, then the checkpoint. A kill in between leaves an adapter one save ahead of the
+newest checkpoint; the run goes on from that checkpoint and, being deterministic, arrives at the same adapter again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mlxlora.errors import DiskFullError, FormatError, InputError, Problem, RunError, TrainingError
+from mlxlora.files import (
+    human_bytes,
+    new_directory,
+    read_json,
+    remove_directory,
+    require_space,
+    sweep_scratch,
+    sync,
+    write_json,
+    write_whole,
+)
+from mlxlora.training.checkpoint import TrainingState, read_checkpoint, write_checkpoint
+from mlxlora.training.lock import RunLock
+
+AdapterWriter = Callable[[Path], None]
+STEP = re.compile(r"step-(\d{7,})")
+OURS = ("checkpoints", "best", "adapter", "metrics.jsonl", "report.html", "config.yaml")  # what --overwrite clears
+HEADERS = 1_000_000  # bytes; what a save takes beside its tensors, generously
+SHOWN_VALUE = 60  # characters of a changed value that a message shows
+
+
+class RunDirectory:
+    """A run directory held by this process alone, from `open` to the end of the `with` block.
+
+    `notices` collects what its owner should be told (a damaged checkpoint that was passed over).
+    """
+
+    def __init__(self, path: Path, lock: RunLock, identity: dict[str, Any], stored: dict[str, Any] | None) -> None:
+        self.path = path
+        self.notices: list[str] = []
+        self._lock = lock
+        self._identity = identity
+        self._owner = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self._resumes = stored is not None
+        self._overwrites = False
+        self._begun = stored is not None
+
+    @classmethod
+    def open(cls, path: Path, *, identity: dict[str, Any], overwrite: bool = False) -> RunDirectory:
+        """Take the run directory `path` for this process. Nothing in it changes before `write_config`.
+
+        identity: field → JSON value or hash; what must not change when an unfinished run goes on
+        overwrite: begin anew, whatever stands there; it is cleared by `write_config`, once all else has been checked
+
+        Raises RunError when another process trains in it, it is finished, it is no run directory, or it was begun
+        with another identity (each changed field is named, with the old and the new value).
+        """
+        path = Path(path)
+        identity = json.loads(json.dumps(identity))
+        if path.is_symlink() or (path.exists() and not path.is_dir()):
+            raise RunError(f"{path} is not a directory. Choose another --out.")
+        lock = RunLock.take(path)
+        try:
+            stored = _read_stored(path)
+            run = cls(path, lock, identity, None if overwrite else stored)
+            run._overwrites = overwrite and stored is not None
+            if stored is None:
+                _refuse_foreign(path)
+            elif not overwrite:
+                _refuse_finished(path, stored)
+                _refuse_changed(path, stored["identity"], identity)
+            return run
+        except BaseException:
+            lock.release()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give the run directory back. One that was created and never begun is removed again."""
+        self._lock.release()
+
+    @property
+    def resumes(self) -> bool:
+        """Whether an unfinished run stands here that goes on (it may have no checkpoint yet)."""
+        return self._resumes
+
+    @property
+    def metrics_path(self) -> Path:
+        """Where the events go, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def adapter_path(self) -> Path:
+        """The newest whole adapter, once there is one."""
+        return self.path / "adapter"
+
+    @property
+    def best_path(self) -> Path:
+        """The adapter of the lowest validation loss, once there is one."""
+        return self.path / "best"
+
+    def write_config(self, text: str) -> None:
+        """Begin (or go on): clear what is to be overwritten, then write `run.json` and `config.yaml`.
+
+        The first thing that changes the directory: call it when everything has been validated.
+        """
+        sweep_scratch(self.path)
+        if (self.path / "checkpoints").is_dir():
+            sweep_scratch(self.path / "checkpoints")
+        if self._overwrites:
+            # The old run.json goes last: killed half way, this is still a run that only --overwrite may touch
+            for name in OURS:
+                if (self.path / name).is_dir():
+                    remove_directory(self.path / name)
+                else:
+                    (self.path / name).unlink(missing_ok=True)
+            self._overwrites = False
+        if not self._begun:
+            write_json(self.path / "run.json", {"format": 1, "identity": self._identity, "finished": False})
+            self._begun = True
+            self._lock.keep_directory()
+        write_whole(self.path / "config.yaml", text)
+
+    def require_space(self, state: TrainingState, *, keep: int, adapter_bytes: int | None = None) -> None:
+        """Raise TrainingError when the disk has not the room for what a run with this state will save.
+
+        keep: how many checkpoints stay; one more stands beside them while it is written, and so does an adapter
+        """
+        adapter = sum(a.nbytes for a in state.adapter.values()) if adapter_bytes is None else adapter_bytes
+        self._require((keep + 1) * (state.nbytes + HEADERS) + 3 * (adapter + HEADERS), "this run's checkpoints")
+
+    def _require(self, needed: int, what: str) -> None:
+        try:
+            require_space(self.path, needed, what)
+        except DiskFullError as error:
+            raise TrainingError(str(error)) from None
+
+    def checkpoints(self) -> list[Path]:
+        """The published checkpoints, oldest first."""
+        found = (self.path / "checkpoints").glob("step-*")
+        return sorted((p for p in found if STEP.fullmatch(p.name)), key=lambda p: int(p.name[5:]))
+
+    def latest(self) -> TrainingState | None:
+        """The state of the newest whole checkpoint, or None when this run has not saved one yet.
+
+        A damaged checkpoint is passed over (see `notices`) when an older whole one exists. `metrics.jsonl` is cut back
+        to the step that is returned, so that the file of a resumed run reads like that of one never interrupted.
+        Raises RunError when checkpoints exist and none is whole, or when they are missing from a run that had saved.
+        """
+        if not self._resumes:
+            return None
+        damaged: list[Problem] = []
+        for path in reversed(self.checkpoints()):
+            try:
+                state = read_checkpoint(path, self._owner)
+            except FormatError as error:
+                damaged.append(Problem(path.name, "; ".join(str(error).split("\n"))))
+                continue
+            self.notices += [f"{self.path}: passed over a damaged checkpoint: {problem}" for problem in damaged]
+            self._cut_metrics(state.step)
+            return state
+        if damaged:
+            raise RunError.of(
+                f"{self.path} cannot go on: no checkpoint is whole. Restore one from a backup, or begin anew with"
+                " --overwrite.",
+                damaged,
+            )
+        if self.adapter_path.exists():
+            raise RunError(
+                f"{self.path} cannot go on: its directory 'checkpoints' is missing or empty, but it had saved."
+                " Restore it, or begin anew with --overwrite."
+            )
+        self._cut_metrics(0)
+        return None
+
+    def _cut_metrics(self, step: int) -> None:
+        """Drop the events after `step`, and a last line that a kill cut short."""
+        if not self.metrics_path.exists():
+            return
+        kept = []
+        content = self.metrics_path.read_bytes()
+        for line in content.splitlines(keepends=True):
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if line.endswith(b"\n") and isinstance(event, dict) and event.get("step", 0) <= step:
+                    kept.append(line)
+        if b"".join(kept) != content:
+            write_whole(self.metrics_path, b"".join(kept))
+
+    def save(self, state: TrainingState, *, adapter_writer: AdapterWriter, best: bool, keep: int) -> Path:
+        """Publish a checkpoint, `adapter/` and, when `best`, `best/`; keep the newest `keep` checkpoints.
+
+        adapter_writer: writes the adapter of this state into the directory that it is given
+        Returns the checkpoint's directory. Raises TrainingError when the disk runs full: what had been published stays.
+        """
+        if keep < 1:
+            raise ValueError(f"keep: expected at least 1, found {keep}")
+        if not self._begun:
+            raise RuntimeError("write_config comes before the first save")
+        adapter = sum(array.nbytes for array in state.adapter.values())
+        self._require(state.nbytes + (2 if best else 1) * adapter + 3 * HEADERS, f"the checkpoint of step {state.step}")
+        target = self.path / "checkpoints" / f"step-{state.step:07d}"
+        try:
+            with contextlib.ExitStack() as stack:
+                # They leave the stack in reverse: best, adapter, checkpoint. All are complete before one is published.
+                write_checkpoint(stack.enter_context(new_directory(target, replace=True)), state, self._owner)
+                adapter_writer(stack.enter_context(new_directory(self.adapter_path, replace=True)))
+                if best:
+                    adapter_writer(stack.enter_context(new_directory(self.best_path, replace=True)))
+        except DiskFullError as error:
+            last = self.checkpoints()
+            whole = f" The last whole checkpoint is {last[-1].name}." if last else ""
+            needed = human_bytes(state.nbytes + (2 if best else 1) * adapter)
+            raise TrainingError(f"{error} A save takes {needed}.{whole}") from error
+        if self.metrics_path.exists():
+            sync(self.metrics_path)
+        self._prune(state.step, keep)
+        return target
+
+    def _prune(self, step: int, keep: int) -> None:
+        """Remove what is older than the newest `keep`, and what a damaged past left beyond `step`."""
+        paths = self.checkpoints()
+        beyond = [path for path in paths if int(path.name[5:]) > step]
+        for path in beyond + [path for path in paths if path not in beyond][:-keep]:
+            remove_directory(path)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Mark the run finished: it is not trained on or overwritten by accident from now on."""
+        write_json(
+            self.path / "run.json", {"format": 1, "identity": self._identity, "finished": True, "summary": summary}
+        )
+
+
+def _read_stored(path: Path) -> dict[str, Any] | None:
+    if not (path / "run.json").exists():
+        return None
+    try:
+        stored = read_json(path / "run.json")
+    except InputError as error:
+        raise RunError(f"{error} Restore it, or choose another --out.") from None
+    if not isinstance(stored, dict) or stored.get("format") != 1 or not isinstance(stored.get("identity"), dict):
+        raise RunError(f"{path}/run.json is not what this version of mlxlora writes. Choose another --out.")
+    return stored
+
+
+def _refuse_foreign(path: Path) -> None:
+    """A directory with something in it, and no run.json, is not ours to write into, not even with --overwrite."""
+    strange = sorted(p.name for p in path.iterdir() if p.name not in (".lock", ".DS_Store") and ".tmp-" not in p.name)
+    if strange:
+        raise RunError(
+            f"{path} exists and is no run directory: it has no run.json, but {', '.join(strange[:5])}."
+            " Choose another --out, or remove it first."
+        )
+
+
+def _refuse_finished(path: Path, stored: dict[str, Any]) -> None:
+    if stored.get("finished"):
+        raise RunError(f"{path} holds a finished run. Choose another --out, or add --overwrite to train it anew.")
+
+
+def _refuse_changed(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    absent = "(not set)"
+    changed = [
+        Problem(name, f"was {_short(old.get(name, absent))}, is now {_short(new.get(name, absent))}")
+        for name in sorted({*old, *new})
+        if old.get(name, absent) != new.get(name, absent)
+    ]
+    if changed:
+        raise RunError.of(
+            f"{path} holds an unfinished run that was begun with other settings. Set them back to let it go on, choose"
+            " another --out, or begin anew with --overwrite.",
+            changed,
+        )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= SHOWN_VALUE else text[: SHOWN_VALUE - 1] + "…"

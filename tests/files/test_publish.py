@@ -1,0 +1,127 @@
+"""Directories and files appear whole or not at all."""
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+import mlxlora.files.publish as publishing
+from mlxlora.errors import DiskFullError, FormatError, InputError
+from mlxlora.files import new_directory, require_space, sweep_scratch, write_whole
+
+
+def content(path: Path) -> dict[str, str]:
+    return {p.name: p.read_text() for p in path.iterdir()}
+
+
+def test_a_directory_appears_at_the_end(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("1")
+        assert not (tmp_path / "out").exists()
+    assert content(tmp_path / "out") == {"a": "1"}
+    with pytest.raises(InputError, match="exists already"), new_directory(tmp_path / "out"):
+        pass
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    with new_directory(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("1")
+    with pytest.raises(KeyboardInterrupt), new_directory(tmp_path / "out", replace=True) as scratch:
+        (scratch / "a").write_text("2")
+        raise KeyboardInterrupt
+    assert content(tmp_path / "out") == {"a": "1"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_truncated_safetensors_file_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(FormatError), new_directory(tmp_path / "out") as scratch:
+        (scratch / "w.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_always_finds_a_whole_directory_while_it_is_replaced(tmp_path: Path) -> None:
+    target = tmp_path / "adapter"
+    with new_directory(target) as scratch:
+        (scratch / "n").write_text("0")
+    if not publishing.exchange(target, _made(tmp_path / "probe", "0")):
+        pytest.skip("this file system cannot exchange directories")
+    missing, stop = [], threading.Event()
+
+    def read() -> None:
+        while not stop.is_set():
+            try:
+                (target / "n").read_text()
+            except FileNotFoundError as error:
+                missing.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(100):
+        with new_directory(target, replace=True) as scratch:
+            (scratch / "n").write_text(str(number))
+    stop.set()
+    reader.join()
+    assert not missing and content(target) == {"n": "99"}
+
+
+def _made(path: Path, text: str) -> Path:
+    path.mkdir()
+    (path / "n").write_text(text)
+    return path
+
+
+def test_without_exchange_the_old_one_comes_back_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
+    _made(tmp_path / "adapter", "old")
+    with new_directory(tmp_path / "adapter", replace=True) as scratch:
+        (scratch / "n").write_text("new")
+    assert content(tmp_path / "adapter") == {"n": "new"} and len(list(tmp_path.iterdir())) == 1
+    # what a kill between the two renames leaves
+    (tmp_path / ".adapter.tmp-1").mkdir()
+    (tmp_path / "adapter").rename(tmp_path / ".adapter.tmp-1" / "old")
+    _made(tmp_path / ".adapter.tmp-2", "newer, not known to be whole")
+    sweep_scratch(tmp_path)
+    assert content(tmp_path / "adapter") == {"n": "new"} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_scratch_of_the_dead_is_swept_and_of_the_living_kept(tmp_path: Path) -> None:
+    dead = _made(tmp_path / ".out.tmp-dead", "x")
+    young = _made(tmp_path / ".out.tmp-young", "x")
+    other = _made(tmp_path / ".other.tmp-dead", "x")
+    os.utime(dead, (time.time() - 3600,) * 2)
+    os.utime(other, (time.time() - 3600,) * 2)
+    with new_directory(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("1")
+        assert not dead.exists() and young.exists() and other.exists()
+        os.utime(scratch, (time.time() - 3600,) * 2)
+        sweep_scratch(tmp_path)
+        assert scratch.exists() and not young.exists() and not other.exists()
+
+
+def test_links_and_files_are_not_replaced(tmp_path: Path) -> None:
+    _made(tmp_path / "real", "x")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "file").write_text("x")
+    for name in ("link", "file"):
+        for replace in (False, True):
+            with pytest.raises(InputError), new_directory(tmp_path / name, replace=replace):
+                pass
+    assert content(tmp_path / "real") == {"n": "x"}
+
+
+def test_a_full_disk_is_told_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DiskFullError, match=r"the model needs 1000\.0 TB, .* are free"):
+        require_space(tmp_path / "not" / "yet", 10**15, "the model")
+
+    def full(_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(publishing, "sync", full)
+    with pytest.raises(DiskFullError, match="ran full"), new_directory(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("1")
+    (tmp_path / "kept").write_text("old")
+    with pytest.raises(DiskFullError, match="ran full"):
+        write_whole(tmp_path / "new", "x")
+    assert {p.name for p in tmp_path.iterdir()} <= {"kept", "new"}
