@@ -6,16 +6,15 @@ Exit codes: 0 done, 1 failed, 2 wrong input or usage, 128 + n stopped by signal 
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxlora.errors import ConfigError, MlxLoraError, nearest
+from mlxlora.files import plain
 from mlxlora.version import __version__
 
 if TYPE_CHECKING:
@@ -229,16 +228,3 @@ def execute(function: Callable[..., Any], arguments: dict[str, Any], as_json: bo
     if control is not None and control.signum is not None:
         return 128 + control.signum
     return 0
-
-
-def plain(value: Any) -> Any:
-    """A result as JSON knows it: dataclasses as objects, paths as text."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    return value

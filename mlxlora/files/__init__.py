@@ -5,9 +5,11 @@ reading.py  JSON, YAML, hashes
 tensors.py  safetensors: the header is checked before MLX maps a byte
 archive.py  ZIP: members stay below their folder, and do not grow without bound
 space.py    room on the disk, before and while writing
+plain.py    values as JSON and YAML know them
 """
 
 from mlxlora.files.archive import extract_zip, zip_members
+from mlxlora.files.plain import plain
 from mlxlora.files.publish import (
     new_directory,
     refuse_existing,
@@ -30,6 +32,7 @@ __all__ = [
     "load_safetensors",
     "new_directory",
     "parse_json",
+    "plain",
     "read_json",
     "read_text",
     "read_yaml",

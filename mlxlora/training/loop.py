@@ -1,0 +1,427 @@
+"""The training loop: a generator of events over an engine, an objective, batches and an optimizer.
+
+It knows neither files nor formats and prints nothing. The gradient of a step is the sum over its micro-batches divided
+by the loss weight of all of them, so accumulation changes nothing but memory. All randomness is a function of
+(seed, step, micro-batch): resuming needs no random state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlxlora.data.sample import Batch
+from mlxlora.errors import TrainingError
+from mlxlora.training.checkpoint import TrainingState
+from mlxlora.training.config import TrainingConfig
+from mlxlora.training.events import Checkpoint, Control, Event, Finished, Notice, Reason, Started, Step, Validation
+from mlxlora.training.optimizer import Flat, Optimizer
+
+Objective: TypeAlias = Callable[..., tuple[mx.array, mx.array, dict[str, mx.array]]]
+
+
+class Batches(Protocol):
+    """What the loop asks of the data. `plan` must be a pure function of the epoch."""
+
+    @property
+    def samples(self) -> int: ...
+
+    def plan(self, epoch: int) -> Sequence[Any]: ...
+
+    def batch(self, planned: Any) -> Batch: ...
+
+    def tokens(self, planned: Any) -> tuple[int, int]:
+        """(trained, processed) tokens, padding left out."""
+        ...
+
+    def origins(self, planned: Any) -> list[str]: ...
+
+
+class TrainingEngine(Protocol):
+    """What the loop asks of the engine."""
+
+    def value_and_grad(
+        self, objective: Objective, batch: Batch, key: mx.array | None = None
+    ) -> tuple[mx.array, mx.array, dict[str, mx.array], Any]: ...
+
+    def evaluate(self, objective: Objective, batch: Batch) -> tuple[mx.array, mx.array, dict[str, mx.array]]: ...
+
+
+class Store(Protocol):
+    """Where checkpoints go."""
+
+    def save(self, state: TrainingState, *, adapter_writer: Callable[[Path], None], best: bool, keep: int) -> Path: ...
+
+
+@dataclass(slots=True)
+class Pending:
+    """A step whose numbers have not been read yet."""
+
+    step: int
+    epoch: float
+    loss: mx.array
+    norm: mx.array
+    finite: mx.array
+    trained: int
+    processed: int
+    samples: int
+    planned: list[Any]
+
+
+@dataclass
+class Counters:
+    """What a run remembers beside its arrays; saved with every checkpoint."""
+
+    tokens: int = 0
+    samples: int = 0
+    skipped: int = 0
+    elapsed: float = 0.0
+    best_loss: float | None = None
+    best_step: int | None = None
+    without_better: int = 0
+    losses: list[float] = field(default_factory=list)
+    """of the last 50 steps"""
+
+
+def key_for(seed: int, step: int, micro: int) -> mx.array:
+    """The dropout key of one micro-batch."""
+    digest = hashlib.sha256(f"{seed}/{step}/{micro}".encode()).digest()
+    return mx.random.key(int.from_bytes(digest[:8], "little"))
+
+
+def count_parameters(network: nn.Module) -> int:
+    """All parameters of a network; packed quantized weights count as what they stand for."""
+    total = 0
+    for _, module in network.named_modules():
+        own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
+        bits = getattr(module, "bits", None)
+        for name, value in own.items():
+            if bits and name == "weight" and value.dtype == mx.uint32:
+                total += value.size * 32 // bits
+            elif not (bits and name in ("scales", "biases")):
+                total += value.size
+    return total
+
+
+def number(scalar: mx.array) -> float:
+    """A scalar array as a Python float; waits for it."""
+    return float(scalar.item())  # type: ignore[arg-type]
+
+
+def count_steps(batches: Batches, config: TrainingConfig) -> int:
+    """How many updates `config` asks for."""
+    if config.steps is not None:
+        return config.steps
+    epochs = config.epochs if config.epochs is not None else 2.0
+    whole = int(epochs)
+    steps = sum(steps_in(batches, config, epoch) for epoch in range(whole))
+    if epochs > whole:
+        steps += math.ceil((epochs - whole) * steps_in(batches, config, whole))
+    return max(steps, 1)
+
+
+def steps_in(batches: Batches, config: TrainingConfig, epoch: int) -> int:
+    return math.ceil(len(batches.plan(epoch)) / config.accumulate)
+
+
+class Trainer:
+    """One run. Iterate over it to train; see `train`."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        engine: TrainingEngine,
+        objective: Objective,
+        batches: Batches,
+        optimizer: Optimizer,
+        config: TrainingConfig,
+        *,
+        validation: Batches | None = None,
+        store: Store | None = None,
+        adapter_writer: Callable[[Path], None] | None = None,
+        state: TrainingState | None = None,
+        control: Control | None = None,
+    ) -> None:
+        self.network, self.engine, self.objective = network, engine, objective
+        self.batches, self.validation = batches, validation
+        self.optimizer, self.config = optimizer, config
+        self.store, self.adapter_writer = store, adapter_writer
+        self.control = control or Control()
+        self.counters = Counters()
+        self.parameters: Flat = dict(tree_flatten(network.trainable_parameters()))
+        self.optimizer.init(self.parameters)
+        self.step = self.epoch = self.position = 0
+        self.saved_at = -1
+        if state is not None:
+            self.restore(state)
+        self.plan: Sequence[Any] = batches.plan(self.epoch)
+        self.pending: list[Pending] = []
+        self.better_since_save = False
+        self.high = 0  # steps in a row far above the usual loss
+        self.begun = time.monotonic() - self.counters.elapsed
+        self.reported = time.monotonic()
+
+    def restore(self, state: TrainingState) -> None:
+        self.step, self.epoch, self.position = state.step, state.epoch, state.position
+        self.network.update(tree_unflatten(list(state.adapter.items())))
+        self.parameters = dict(tree_flatten(self.network.trainable_parameters()))
+        self.optimizer.restore(state.optimizer)
+        self.counters = Counters(**state.counters)
+        self.saved_at = state.step
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.begun
+
+    def __iter__(self) -> Iterator[Event]:
+        mx.reset_peak_memory()
+        yield Started(
+            step=self.step,
+            steps=self.optimizer.steps,
+            epochs=self.epochs_of(self.optimizer.steps),
+            samples=self.batches.samples,
+            trainable_parameters=sum(value.size for value in self.parameters.values()),
+            total_parameters=count_parameters(self.network),
+        )
+        if self.step == 0:
+            yield from self.validate(first=True)
+        reason: Reason = "done"
+        while self.step < self.optimizer.steps:
+            self.one_step()
+            stop: Reason | None = None
+            if self.control.stopping:
+                stop = "stopped"
+            due = self.validation_due()
+            if due or stop or self.save_due() or len(self.pending) >= self.config.report_every:
+                yield from self.report()
+            if due:
+                yield from self.validate()
+            stop = stop or self.stop_reason() or ("stopped" if self.control.stopping else None)
+            if self.save_due() or self.control.take_save() or stop or self.step == self.optimizer.steps:
+                yield from self.report()
+                yield from self.save()
+            if stop:
+                reason = stop
+                break
+        last = self.counters.losses[-1] if self.counters.losses else None
+        yield Finished(
+            self.step, self.epoch_now(), reason, last, self.counters.best_loss, self.counters.best_step,
+            self.elapsed, mx.get_peak_memory(),
+        )  # fmt: skip
+
+    def epochs_of(self, steps: int) -> float:
+        done, epoch = 0, 0
+        while True:
+            here = steps_in(self.batches, self.config, epoch)
+            if done + here >= steps:
+                return epoch + (steps - done) / here
+            done, epoch = done + here, epoch + 1
+
+    def epoch_now(self) -> float:
+        return self.epoch + self.position / max(math.ceil(len(self.plan) / self.config.accumulate), 1)
+
+    def one_step(self) -> None:
+        """Send one update to the device."""
+        size = self.config.accumulate
+        group = list(self.plan[self.position * size : (self.position + 1) * size])
+        total: Flat = {}
+        sums, counts, samples = mx.array(0.0), mx.array(0.0), 0
+        for micro, planned in enumerate(group):
+            batch = self.batches.batch(planned)
+            key = key_for(self.config.seed, self.step, micro)
+            value, count, _, gradients = self.engine.value_and_grad(self.objective, batch, key)
+            flat = dict(tree_flatten(gradients))
+            total = {name: total[name] + flat[name] for name in flat} if total else flat
+            sums, counts = sums + value, counts + count
+            samples += len(batch.samples)
+            mx.async_eval(total, sums, counts)
+        self.parameters, norm, finite = self.optimizer.update(self.parameters, total, sums, counts, self.step)
+        self.network.update(tree_unflatten(list(self.parameters.items())))
+        loss = sums / counts
+        mx.async_eval(self.parameters, self.optimizer.state, loss, norm, finite)
+        self.step += 1
+        self.position += 1
+        epoch = self.epoch_now()
+        if self.position * size >= len(self.plan):
+            self.epoch, self.position = self.epoch + 1, 0
+            self.plan = self.batches.plan(self.epoch)
+        trained, processed = map(sum, zip(*(self.batches.tokens(planned) for planned in group), strict=True))
+        self.pending.append(Pending(self.step, epoch, loss, norm, finite, trained, processed, samples, group))
+
+    def report(self) -> Iterator[Event]:
+        """Wait for the steps sent since the last report, check their numbers, and tell them."""
+        if not self.pending:
+            return
+        mx.eval([(pending.loss, pending.norm, pending.finite) for pending in self.pending], self.parameters)
+        now = time.monotonic()
+        seconds = max(now - self.reported, 1e-9)
+        self.reported = now
+        trained = sum(pending.trained for pending in self.pending)
+        processed = sum(pending.processed for pending in self.pending)
+        steps, self.pending = self.pending, []
+        for pending in steps:
+            applied = bool(pending.finite.item())
+            loss = number(pending.loss)
+            self.counters.tokens += pending.trained
+            self.counters.samples += pending.samples
+            if not applied:
+                self.count_nonfinite(pending)
+            else:
+                self.counters.losses = [*self.counters.losses, loss][-50:]
+            yield Step(
+                step=pending.step,
+                steps=self.optimizer.steps,
+                epoch=pending.epoch,
+                loss=loss,
+                learning_rate=self.optimizer.learning_rate(pending.step - 1),
+                grad_norm=number(pending.norm),
+                tokens=self.counters.tokens,
+                tokens_per_second=trained / seconds,
+                processed_per_second=processed / seconds,
+                samples=self.counters.samples,
+                memory=mx.get_active_memory(),
+                peak_memory=mx.get_peak_memory(),
+                elapsed=self.elapsed,
+                remaining=self.elapsed / pending.step * (self.optimizer.steps - pending.step),
+                best_loss=self.counters.best_loss,
+                applied=applied,
+            )
+            yield from self.watch(pending.step, loss)
+
+    def count_nonfinite(self, pending: Pending) -> None:
+        self.counters.skipped += 1
+        if self.counters.skipped > self.config.skip_nonfinite:
+            origins = [origin for planned in pending.planned for origin in self.batches.origins(planned)]
+            shown = ", ".join(origins[:20]) + (f" and {len(origins) - 20} more" if len(origins) > 20 else "")
+            raise TrainingError(
+                f"step {pending.step}: the loss or its gradient is not a finite number. This update was not applied; "
+                f"the last checkpoint is kept. The step saw: {shown}. Lower --optimizer.learning_rate, look at these "
+                f"samples, or allow it with --training.skip_nonfinite N."
+            )
+
+    def watch(self, step: int, loss: float) -> Iterator[Event]:
+        """Tell when the loss has stood far above its usual level for long."""
+        history = self.counters.losses
+        if len(history) >= 20 and loss > 2 * statistics.median(history):
+            self.high += 1
+        else:
+            self.high = 0
+        if self.high == 5:
+            yield Notice(
+                step,
+                f"the loss has been more than twice its running median ({statistics.median(history):.3f}) for 5 steps. "
+                f"The learning rate may be too high.",
+            )
+
+    def validation_due(self) -> bool:
+        if self.validation is None:
+            return False
+        if self.step >= self.optimizer.steps:
+            return True
+        if self.config.validate_every is not None:
+            return self.step % self.config.validate_every == 0
+        return self.position == 0
+
+    def save_due(self) -> bool:
+        return self.step != self.saved_at and self.step % (self.config.save_every or 100) == 0
+
+    def validate(self, first: bool = False) -> Iterator[Event]:
+        """The loss on the whole validation set, in a fixed order and without dropout."""
+        if self.validation is None:
+            return
+        started = time.monotonic()
+        loss, tokens = evaluate(self.engine, self.objective, self.validation)
+        best = False
+        if not first:
+            best = self.counters.best_loss is None or loss < self.counters.best_loss
+            if best:
+                self.counters.best_loss, self.counters.best_step = loss, self.step
+                self.counters.without_better = 0
+                self.better_since_save = True
+            else:
+                self.counters.without_better += 1
+        yield Validation(self.step, self.epoch_now(), loss, tokens, self.counters.best_loss, best, self.elapsed)
+        if best:
+            yield from self.save()
+        self.reported += time.monotonic() - started  # so that tokens per second count training alone
+
+    def stop_reason(self) -> Reason | None:
+        config, counters = self.config, self.counters
+        if self.step >= self.optimizer.steps:
+            return None
+        if config.patience is not None and counters.without_better >= config.patience:
+            return "patience"
+        if config.target_loss is not None:
+            if self.validation is not None:
+                if counters.best_loss is not None and counters.best_loss <= config.target_loss:
+                    return "target_loss"
+            elif len(counters.losses) >= 20 and statistics.fmean(counters.losses[-20:]) <= config.target_loss:
+                return "target_loss"
+        if config.max_minutes is not None and self.elapsed >= 60 * config.max_minutes:
+            return "max_minutes"
+        return None
+
+    def save(self) -> Iterator[Event]:
+        """Publish a checkpoint of the current step, unless there is one."""
+        if self.store is None or self.adapter_writer is None or self.saved_at == self.step:
+            return
+        self.counters.elapsed = self.elapsed
+        best = self.better_since_save
+        state = TrainingState(
+            step=self.step,
+            epoch=self.epoch,
+            position=self.position,
+            adapter=self.parameters,
+            optimizer=self.optimizer.flat_state(),
+            counters={name: getattr(self.counters, name) for name in Counters.__dataclass_fields__},
+        )
+        path = self.store.save(state, adapter_writer=self.adapter_writer, best=best, keep=self.config.keep)
+        self.saved_at, self.better_since_save = self.step, False
+        yield Checkpoint(self.step, path, best)
+
+
+def train(
+    network: nn.Module,
+    engine: TrainingEngine,
+    objective: Objective,
+    batches: Batches,
+    optimizer: Optimizer,
+    config: TrainingConfig,
+    *,
+    validation: Batches | None = None,
+    store: Store | None = None,
+    adapter_writer: Callable[[Path], None] | None = None,
+    state: TrainingState | None = None,
+    control: Control | None = None,
+) -> Iterator[Event]:
+    """Train, as a generator of events; `control.stop()` ends it after the current step and saves.
+
+    `state` is where a resumed run goes on; with a `store`, checkpoints are published there, and `adapter_writer` puts
+    the adapter in its own format into a directory. Raises TrainingError when numbers stop being finite.
+    """
+    yield from Trainer(
+        network, engine, objective, batches, optimizer, config,
+        validation=validation, store=store, adapter_writer=adapter_writer, state=state, control=control,
+    )  # fmt: skip
+
+
+def evaluate(engine: TrainingEngine, objective: Objective, batches: Batches) -> tuple[float, int]:
+    """Mean loss over all batches of epoch 0, and the number of trained tokens in them."""
+    total, weight, tokens = 0.0, 0.0, 0
+    for planned in batches.plan(0):
+        value, count, _ = engine.evaluate(objective, batches.batch(planned))
+        mx.eval(value, count)
+        total += number(value)
+        weight += number(count)
+        tokens += batches.tokens(planned)[0]
+    return total / weight if weight else math.nan, tokens
