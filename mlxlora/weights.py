@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora import files
-from mlxlora.errors import InputError, ModelError, Problem
+from mlxlora.errors import ModelError, Problem
 
 SHARD_BYTES = 2 << 30  # a shard is what a conversion holds in memory at once
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
@@ -42,14 +42,26 @@ def weight_files(directory: Path) -> list[Path]:
             )
         raise ModelError(f"{directory} holds no weights: there is no model*.safetensors.")
     for path in found:
-        try:
-            files.check_safetensors(path)
-        except InputError as error:
-            found_wrong = error.problems or (Problem("", str(error)),)
-            problems += [Problem(f"{path.name}: {p.where}".rstrip(": "), p.what, p.advice) for p in found_wrong]
+        problem = _truncated(path)
+        if problem:
+            problems.append(Problem(path.name, problem))
     if problems:
         raise ModelError.of(f"The weight files of {directory} cannot be used:", problems)
     return found
+
+
+def _truncated(path: Path) -> str:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = int.from_bytes(file.read(8), "little")
+        if size < 8 or head > size - 8:
+            return "is no safetensors file, or was cut off in its header"
+        try:
+            header = json.loads(file.read(head))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            return "is no safetensors file"
+    return "" if size - 8 - head == end else f"was cut off: {end} bytes of tensors promised, {size - 8 - head} there"
 
 
 def _indexed(index: Path) -> set[str]:
@@ -67,7 +79,8 @@ def read(directory: Path) -> dict[str, mx.array]:
     """All tensors of a model directory by name, mapped lazily. Raises ModelError when two shards hold the same name."""
     tensors: dict[str, mx.array] = {}
     for path in weight_files(directory):
-        loaded = files.load_safetensors(path)
+        loaded = mx.load(str(path))
+        assert isinstance(loaded, dict)
         twice = sorted(tensors.keys() & loaded.keys())
         if twice:
             raise ModelError(f"{path} holds {twice[0]}, which another shard of {directory} holds, too.")
