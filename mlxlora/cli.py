@@ -11,6 +11,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mlxlora.errors import ConfigError, MlxLoraError, nearest
@@ -71,6 +72,9 @@ def run(words: list[str]) -> int:
     module, _, attribute = verb.function.partition(":")
     function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
     parser = build_parser(name, verb, function)
+    if "-h" in rest or "--help" in rest:
+        print(readable(parser.format_help()))
+        return 0
     arguments = parse(parser, normalise(parser, verb, rest))
     as_json = bool(arguments.pop("json"))
     arguments.pop("config", None)
@@ -109,11 +113,12 @@ def find_verb(words: list[str]) -> tuple[str, list[str]]:
 def build_parser(name: str, verb: Verb, function: Callable[..., Any]) -> ArgumentParser:
     import inspect
 
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parameters = inspect.signature(function).parameters
     supplied = {parameter for parameter in parameters if parameter.startswith("on_") or parameter in SUPPLIED}
-    parser = ArgumentParser(prog=f"mlxlora {name}", exit_on_error=False, description=verb.about)
+    parser = ArgumentParser(prog=f"mlxlora {name}", exit_on_error=False, print_config=None, description=verb.about)
     parser.add_argument("--config", action="config", help="a YAML file with the same tree of options")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     if verb.positional:
@@ -174,11 +179,33 @@ def kind_of(action: Any) -> str:
 def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
     from argparse import ArgumentError
 
+    check_config_files(words)
     known = [flag.lstrip("-") for flag in parser._option_string_actions if not flag.endswith("+")]
     try:
         return dict(vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
         raise ConfigError(explain(str(error), known)) from None
+
+
+def check_config_files(words: list[str]) -> None:
+    """Read every --config file with our own careful reader first: safe YAML, no key twice, a mapping."""
+    from mlxlora.files import read_yaml
+
+    for index, word in enumerate(words):
+        if word.partition("=")[0] != "--config":
+            continue
+        path = word.partition("=")[2] or (words[index + 1] if index + 1 < len(words) else "")
+        if path and not isinstance(read_yaml(Path(path)), dict):
+            raise ConfigError(f"{path} does not hold options by name. Write lines such as `model: DIR`.")
+
+
+def readable(text: str) -> str:
+    """A help text without the names of Python's classes."""
+    import re
+
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", lambda match: match[1].lower(), text)
+    text = re.sub(r"Optional\[([^\n]*?)\](?=[,)])", r"\1 | null", text)
+    return re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), text)
 
 
 def explain(message: str, known: list[str]) -> str:
