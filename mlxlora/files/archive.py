@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import lzma
 import shutil
@@ -53,7 +54,8 @@ class _Member(io.RawIOBase):
         except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error, lzma.LZMAError) as error:
             raise FormatError(f"{self._where}: damaged, or an unknown compression: {error}.") from None
         except OSError as error:
-            if error.errno is not None:  # of the file system; bz2 reports damage without a number
+            # damage: bz2 reports it without a number, and an offset that lies leads to a seek that cannot be
+            if error.errno not in (None, errno.EINVAL):
                 raise
             raise FormatError(f"{self._where}: damaged: {error}.") from None
 
