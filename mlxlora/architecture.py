@@ -19,6 +19,8 @@ Config = dict[str, Any]
 # the names by which architectures say what `rope_parameters` calls rope_theta and partial_rotary_factor
 _THETA_NAMES = {"gpt_neox": "rotary_emb_base"}
 _PARTIAL_NAMES = {"gpt_neox": "rotary_pct"}
+# two names for one setting: readers know one or the other
+_SYNONYMS = (("num_experts", "num_local_experts"), ("dtype", "torch_dtype"))
 
 
 def read_config(directory: Path) -> Config:
@@ -51,13 +53,17 @@ def text_config(config: Config) -> Config:
 
 
 def spelled_both_ways(config: Config) -> Config:
-    """A copy of `config` in which the rotary settings stand in the spelling of transformers 5 and in that of 4.
+    """A copy of `config` in which rotary settings (and what else has two names) stand in both spellings.
 
     What is already there is kept; nothing is invented where neither spelling says anything.
     """
     spelled = dict(config)
     if isinstance(spelled.get("text_config"), dict):
         spelled["text_config"] = spelled_both_ways(spelled["text_config"])
+    for one, other in _SYNONYMS:
+        if one in spelled or other in spelled:
+            spelled.setdefault(one, spelled.get(other))
+            spelled.setdefault(other, spelled.get(one))
     parameters = spelled.get("rope_parameters")
     if isinstance(parameters, dict) and parameters:
         if all(isinstance(value, dict) for value in parameters.values()):

@@ -31,6 +31,7 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "convert": Verb("mlxlora.convert:convert", "make an MLX model of a Hugging Face model, and quantize it"),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
     "export": Verb("mlxlora_convert.export:export", "write an adapter or a model in another program's format"),
     "import": Verb("mlxlora_convert.export:import_", "read an adapter or a model of another program", ("source",)),

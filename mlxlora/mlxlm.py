@@ -123,14 +123,14 @@ def load_network(
     *,
     classes: tuple[type[nn.Module], type[Any]] | None = None,
     check: Callable[[nn.Module, dict[str, mx.array]], None],
-    rename: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None = None,
+    prepare: Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]],
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build the network of a model directory and load its weights lazily, quantized as its configuration says.
 
     changes: laid over config.json; classes: model and argument class instead of mlx-lm's own (for model-supplied code)
     check:   called as `check(network, weights)` with the sanitized weights right before they are loaded; raises what is
              wrong with them
-    rename:  applied to the tensors of the files before the network's own `sanitize()` sees them
+    prepare: `prepare(network, weights)` brings the tensors of the files into the form that `sanitize()` expects
     Returns the network (nothing evaluated, not in training mode) and the configuration that mlx-lm settled on.
     """
     used: list[type[nn.Module]] = []
@@ -138,7 +138,7 @@ def load_network(
     def with_check(config: dict[str, Any]) -> tuple[type[nn.Module], type[Any]]:
         base, arguments = classes or model_classes(config)
         used.append(base)
-        return _checked(base, check, rename), arguments
+        return _checked(base, check, prepare), arguments
 
     with _as_errors(str(directory)):
         network, config = module("utils").load_model(
@@ -156,7 +156,7 @@ def load_network(
 def _checked(
     base: type[nn.Module],
     check: Callable[[nn.Module, dict[str, mx.array]], None],
-    rename: Callable[[dict[str, mx.array]], dict[str, mx.array]] | None,
+    prepare: Callable[[nn.Module, dict[str, mx.array]], dict[str, mx.array]],
 ) -> type[nn.Module]:
     """A subclass for the time of loading, whose `load_weights` reports all that is wrong instead of the first thing."""
 
@@ -164,16 +164,13 @@ def _checked(
         check(self, dict(weights))
         return base.load_weights(self, weights, strict=strict)
 
-    members: dict[str, Any] = {"load_weights": load_weights}
-    if rename is not None:
-        inner = getattr(base, "sanitize", None)
+    inner = getattr(base, "sanitize", None)
 
-        def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-            weights = rename(weights)
-            return cast(dict[str, mx.array], inner(self, weights)) if inner is not None else weights
+    def sanitize(self: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        weights = prepare(self, weights)
+        return cast(dict[str, mx.array], inner(self, weights)) if inner is not None else weights
 
-        members["sanitize"] = sanitize
-    return type(base.__name__, (base,), members)
+    return type(base.__name__, (base,), {"load_weights": load_weights, "sanitize": sanitize})
 
 
 def sanitized(network: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.array]:

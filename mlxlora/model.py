@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxlora import architecture, files, hub, mlxlm, weights
+from mlxlora import architecture, checkpoint_names, files, hub, mlxlm, weights
 from mlxlora.errors import ModelError, Problem
 
 # copied beside the weights of every model that is written: all but weights and what is rewritten
@@ -89,6 +89,7 @@ def load_network(path: Path, *, trust_remote_code: bool = False) -> tuple[nn.Mod
         architecture.spelled_both_ways(stored),
         classes=None if own_code is None else _own_classes(own_code),
         check=_check_weights(path),
+        prepare=lambda built, tensors: checkpoint_names.prepared(built, stored, tensors),
     )
     if own_code is not None:
         config["model_file"] = stored["model_file"]

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora import files
-from mlxlora.errors import ModelError, Problem
+from mlxlora.errors import InputError, ModelError, Problem
 
 SHARD_BYTES = 2 << 30  # a shard is what a conversion holds in memory at once
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
@@ -42,26 +42,13 @@ def weight_files(directory: Path) -> list[Path]:
             )
         raise ModelError(f"{directory} holds no weights: there is no model*.safetensors.")
     for path in found:
-        problem = _truncated(path)
-        if problem:
-            problems.append(Problem(path.name, problem))
+        try:
+            files.check_safetensors(path)
+        except InputError as error:
+            problems.append(Problem(path.name, str(error)))
     if problems:
         raise ModelError.of(f"The weight files of {directory} cannot be used:", problems)
     return found
-
-
-def _truncated(path: Path) -> str:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        head = int.from_bytes(file.read(8), "little")
-        if size < 8 or head > size - 8:
-            return "is no safetensors file, or was cut off in its header"
-        try:
-            header = json.loads(file.read(head))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "is no safetensors file"
-    return "" if size - 8 - head == end else f"was cut off: {end} bytes of tensors promised, {size - 8 - head} there"
 
 
 def _indexed(index: Path) -> set[str]:

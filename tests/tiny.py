@@ -104,7 +104,7 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gpt_oss": {
         "architectures": ["GptOssForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
-        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
     },
     "cohere": {
         "architectures": ["CohereForCausalLM"], "logit_scale": 0.25, "tie_word_embeddings": True,
