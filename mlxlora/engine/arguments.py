@@ -1,0 +1,77 @@
+"""Arguments of a call, taken apart into arrays and the rest, so that the arrays can pass through a traced function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlxlora.data.sample import Batch
+
+
+class _Array:
+    """Stands where an array stood; all are equal, so that two calls of one form compare equal."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Array)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+ARRAY = _Array()
+
+
+def take_apart(value: Any) -> tuple[list[mx.array], Any]:
+    """The arrays in `value` (nested tuples, lists and dicts), and `value` with a mark for each."""
+    arrays: list[mx.array] = []
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, mx.array):
+            arrays.append(value)
+            return ARRAY
+        if type(value) in (tuple, list):
+            return type(value)(walk(item) for item in value)
+        if type(value) is dict:
+            return {key: walk(item) for key, item in value.items()}
+        return value
+
+    form = walk(value)
+    return arrays, form
+
+
+def put_together(arrays: Sequence[mx.array], form: Any) -> Any:
+    """The inverse of `take_apart`."""
+    rest = iter(arrays)
+
+    def walk(value: Any) -> Any:
+        if value is ARRAY:
+            return next(rest)
+        if type(value) in (tuple, list):
+            return type(value)(walk(item) for item in value)
+        if type(value) is dict:
+            return {key: walk(item) for key, item in value.items()}
+        return value
+
+    return walk(form)
+
+
+class BatchForm:
+    """A batch without its arrays: what stays the same over the batches of a run, so that one trace serves them."""
+
+    def __init__(self, batch: Batch) -> None:
+        assert is_dataclass(batch)
+        self._names = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), mx.array)]
+        self._batch = replace(batch, samples=(), **dict.fromkeys(self._names))
+        rest = [(field.name, getattr(self._batch, field.name)) for field in fields(batch)]
+        self.key = (type(batch), tuple(self._names), tuple((name, value) for name, value in rest if value is not None))
+
+    def arrays(self, batch: Batch) -> list[mx.array]:
+        """The arrays of a batch of this form."""
+        return [getattr(batch, name) for name in self._names]
+
+    def batch(self, arrays: Sequence[mx.array]) -> Batch:
+        """A batch of this form with other arrays (and without sample numbers)."""
+        return replace(self._batch, **dict(zip(self._names, arrays, strict=True)))

@@ -1,0 +1,50 @@
+"""What of the engine can be set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from mlxlora.errors import ConfigError, nearest
+
+CheckpointBlocks = Literal["auto", "none", "products", "inputs"]
+Attention = Literal["auto", "linear", "plain"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """How the step computes. No setting changes what is computed, only its speed and its memory.
+
+    Attributes:
+        checkpoint_blocks: what is kept of each block for the backward pass: everything (none: fastest to start, largest),
+            its matrix products (products: nothing dear is computed twice), or only its input (inputs: smallest, one more
+            forward pass). auto takes the products while they fit
+        loss_chunk: tokens whose logits exist at a time; 0 chooses by the size of the vocabulary
+        attention: linear keeps nothing of size tokens × tokens, and is an error where a model does not allow it; plain is
+            the model's own; auto is linear where it holds
+        attention_chunk: queries that attend at a time; 0 chooses by shape
+        compile: compile the step with `mx.compile`
+        frozen_cache: gigabytes of outputs of the frozen lower blocks that may be kept, so that later epochs do not compute
+            them again; 0 keeps none
+        frozen_cache_dir: where to keep them; empty for memory
+    """
+
+    checkpoint_blocks: CheckpointBlocks = "auto"
+    loss_chunk: int = 0
+    attention: Attention = "auto"
+    attention_chunk: int = 0
+    compile: bool = True
+    frozen_cache: float = 0.0
+    frozen_cache_dir: str = ""
+
+    def __post_init__(self) -> None:
+        for name, choices in (("checkpoint_blocks", get_args(CheckpointBlocks)), ("attention", get_args(Attention))):
+            value = getattr(self, name)
+            if value not in choices:
+                raise ConfigError(f"{name} is {value!r}; it is one of {', '.join(choices)}.{nearest(str(value), choices)}")
+        for name in ("loss_chunk", "attention_chunk"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name} is {value!r}; it is a number of tokens, or 0 to choose by shape")
+        if not self.frozen_cache >= 0:
+            raise ConfigError(f"frozen_cache is {self.frozen_cache!r}; it is a number of gigabytes, or 0 for none")

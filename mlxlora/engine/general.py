@@ -1,0 +1,168 @@
+"""The general way: one graph for the whole step, differentiated as one.
+
+It needs nothing of a model but its logits, so it holds for every architecture. Where the head could be told apart, only
+positions that carry weight reach it, a chunk at a time; where the blocks could, each keeps only its input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora.data.sample import Batch
+from mlxlora.engine.anatomy import Anatomy
+from mlxlora.engine.arguments import BatchForm, put_together, take_apart
+from mlxlora.engine.dropout import set_block_key, set_keys, split_key
+from mlxlora.engine.hold import Hold, own_call
+from mlxlora.engine.scores import Objective, Outcome
+from mlxlora.engine.slots import Slots
+from mlxlora.engine.token_loss import chunk_length, token_log_probs
+
+
+class HiddenScores:
+    """Scores from the hidden states of the positions that count: [P, hidden]."""
+
+    def __init__(
+        self,
+        hidden: mx.array,
+        head: Callable[[mx.array, Sequence[mx.array], int], mx.array],
+        learned: Sequence[mx.array],
+        vocabulary: int,
+        chunk: int,
+        gradients: bool,
+    ) -> None:
+        self._hidden, self._head, self._learned = hidden, head, learned
+        self._vocabulary, self._chunk, self._gradients = vocabulary, chunk, gradients
+
+    def token_log_probs(self, batch: Batch) -> mx.array:
+        chunk = chunk_length(batch.targets.size, self._vocabulary, self._chunk)
+        return token_log_probs(self._hidden, batch.targets, self._head, self._learned, chunk, self._gradients)
+
+
+class HeadView:
+    """The head of a model as a function of hidden states and of the arrays in it that learn."""
+
+    def __init__(self, anatomy: Anatomy, slots: Slots, vocabulary: int, chunk: int) -> None:
+        """`slots` are those of the whole network or of what lies outside of the blocks."""
+        self._anatomy, self._slots, self._vocabulary, self._chunk = anatomy, slots, vocabulary, chunk
+        self._indices = self._used()
+
+    def _used(self) -> list[int]:
+        """Which learned arrays the head reads: put "not a number" into one and see whether it comes out."""
+        if self._anatomy.backbone is None:
+            return []
+        width = self._anatomy.width
+        used = []
+        now = self._slots.get()
+        for index in self._slots.trainable:
+            spoilt = mx.full(now[index].shape, mx.nan, now[index].dtype)
+            with self._slots.holding([spoilt], [index]):
+                out = self._anatomy.logits(mx.ones((1, 1, width), self._anatomy.dtype))
+            if mx.any(mx.isnan(out)).item():
+                used.append(index)
+        return used
+
+    def scores(self, rows: mx.array, gradients: bool, key: mx.array | None) -> HiddenScores:
+        """Scores for the hidden states `rows` [P, hidden], with the arrays that stand in the slots now."""
+        if self._anatomy.backbone is None:  # `rows` are logits
+            return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self._chunk, gradients)
+        arrays = self._slots.get()
+
+        def head(rows: mx.array, learned: Sequence[mx.array], index: int) -> mx.array:
+            with self._slots.holding(learned, self._indices if learned else []):
+                if key is not None and learned:  # every chunk its own dropout mask
+                    set_keys(self._anatomy, [mx.random.split(key, index + 2)[index]])
+                return self._anatomy.logits(rows[None])[0]
+
+        learned = [arrays[index] for index in self._indices]
+        return HiddenScores(rows, head, learned, self._vocabulary, self._chunk, gradients)
+
+
+class General:
+    """Value and gradient of a whole step in one graph."""
+
+    def __init__(self, anatomy: Anatomy, vocabulary: int, loss_chunk: int, recompute: bool, compiled: bool) -> None:
+        self._anatomy, self._recompute, self._compiled = anatomy, recompute, compiled
+        self._slots = Slots(anatomy.network)
+        self._head = HeadView(anatomy, self._slots, vocabulary, loss_chunk)
+        self._block_slots = [Slots(block) for block in anatomy.blocks]
+        self._traced: dict[Any, Callable[..., Any]] = {}
+
+    @property
+    def slots(self) -> Slots:
+        """The arrays of the network, in the order of the gradients."""
+        return self._slots
+
+    def run(
+        self, objective: Objective, batch: Batch, key: mx.array | None, gradients: bool
+    ) -> tuple[Outcome, list[mx.array]]:
+        """The outcome, and the gradients of the trainable slots (none without `gradients`)."""
+        form = BatchForm(batch)
+        kind = (objective, form.key, key is None, gradients)
+        if kind not in self._traced:
+            step = self._step(objective, form, gradients)
+            self._traced[kind] = mx.compile(step) if self._compiled else step
+        return self._traced[kind](self._slots.get(), form.arrays(batch), *([] if key is None else [key]))  # type: ignore[no-any-return]
+
+    def _step(self, objective: Objective, form: BatchForm, gradients: bool) -> Callable[..., Any]:
+        def step(arrays: list[mx.array], inputs: list[mx.array], key: mx.array | None = None) -> Any:
+            def total(learned: list[mx.array]) -> tuple[mx.array, tuple[mx.array, Any]]:
+                with self._slots.holding(arrays), self._slots.holding(learned, self._slots.trainable):
+                    sum_, count, metrics = self.outcome(objective, form.batch(inputs), key, gradients)
+                return sum_, (count, metrics)
+
+            learned = [arrays[index] for index in self._slots.trainable]
+            if not gradients or not learned:
+                sum_, (count, metrics) = total(learned)
+                return (sum_, count, metrics), []
+            (sum_, (count, metrics)), slopes = mx.value_and_grad(total)(learned)
+            return (sum_, count, metrics), slopes
+
+        return step
+
+    def outcome(self, objective: Objective, batch: Batch, key: mx.array | None, gradients: bool) -> Outcome:
+        """The objective for `batch` with the arrays that stand in the network now; differentiable."""
+        keys = None if key is None else split_key(key, len(self._anatomy.blocks))
+        set_keys(self._anatomy, keys)
+        try:
+            with ExitStack() as stack:
+                if self._recompute and gradients:
+                    stack.enter_context(self._checkpointing(keys))
+                if self._anatomy.backbone is None:
+                    states = self._anatomy.network(batch.tokens)
+                else:
+                    states = self._anatomy.hidden(batch.tokens)
+            rows = states.reshape(-1, states.shape[-1])[batch.loss_positions]
+            return objective(self._head.scores(rows, gradients, None if keys is None else keys[-1]), batch)
+        finally:
+            set_keys(self._anatomy, None)
+
+    def _checkpointing(self, keys: Sequence[mx.array] | None) -> Hold:
+        hold = Hold()
+        for index, (block, slots) in enumerate(zip(self._anatomy.blocks, self._block_slots, strict=True)):
+            hold.on(block, _checkpointed(block, slots, None if keys is None else keys[index]))
+        return hold
+
+
+def _checkpointed(block: nn.Module, slots: Slots, key: mx.array | None) -> Callable[..., Any]:
+    """The block as a function that keeps its inputs alone; its dropout masks come from `key` each time it runs."""
+    inner = own_call(block)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        inputs, form = take_apart((args, kwargs))
+
+        def again(learned: list[mx.array], inputs: list[mx.array], key: list[mx.array]) -> Any:
+            args, kwargs = put_together(inputs, form)
+            with slots.holding(learned, slots.trainable):
+                set_block_key(block, key[0] if key else None)
+                return inner(*args, **kwargs)
+
+        arrays = slots.get()
+        learned = [arrays[index] for index in slots.trainable]
+        return mx.checkpoint(again)(learned, inputs, [] if key is None else [key])
+
+    return call

@@ -1,0 +1,137 @@
+"""Log-probabilities of chosen tokens, without ever holding the logits of all of them.
+
+    P  positions that are scored      D  width of the hidden states      V  vocabulary      C  positions in a chunk
+
+log p(y | h) = l_y − log Σ exp(l), with l = head(h). A chunk of C positions has its logits made, turned into log-probabilities
+and given up before the next one starts. While the logits of a chunk are there, the gradient of each log-probability by its own
+hidden state is taken too, [C, D]: rows are independent, so whatever an objective later asks of position p is this row times a
+number, and nothing of size P × V is kept or made twice (the idea of Liger Kernel, https://arxiv.org/abs/2410.10989, per token).
+Where the head itself learns, the backward pass makes the logits of a chunk again instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+
+# (hidden [C, D], learned arrays of the head, number of the chunk) → logits [C, V]
+Head = Callable[[mx.array, Sequence[mx.array], int], mx.array]
+LOGITS_AT_A_TIME = 1 << 23  # floats of one chunk's logits: 32 MiB
+
+
+@mx.custom_function
+def _chosen(logits: mx.array, targets: mx.array) -> mx.array:
+    """log softmax(logits)[targets] in float32, [C]."""
+    wide = logits.astype(mx.float32)
+    picked = mx.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
+    return picked - mx.logsumexp(wide, axis=-1)
+
+
+@_chosen.vjp
+def _chosen_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    logits, targets = primals
+    wide = logits.astype(mx.float32)
+    # l_y − log p(y) is the logsumexp that the forward pass found
+    picked = mx.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
+    chance = mx.exp(wide - (picked - output)[:, None])
+    hit = mx.arange(logits.shape[-1])[None] == targets[:, None]
+    return ((hit.astype(mx.float32) - chance) * cotangent[:, None]).astype(logits.dtype), mx.zeros_like(targets)
+
+
+def chunk_length(positions: int, vocabulary: int, wanted: int = 0) -> int:
+    """Positions whose logits exist at a time.
+
+    Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions, many enough for a full product.
+    """
+    if wanted:
+        return min(wanted, positions)
+    room = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
+    return max(1, min(positions, room, max(32, -(-positions // 6))))
+
+
+def token_log_probs(
+    hidden: mx.array, targets: mx.array, head: Head, learned: Sequence[mx.array], chunk: int, gradients: bool = True
+) -> mx.array:
+    """Differentiable log-probabilities of `targets` [P] from `hidden` [P, D]: float32 [P].
+
+    `learned` are the arrays of the head that may have a gradient; empty for a frozen head. `gradients=False` computes
+    the values alone.
+    """
+    bounds = [(start, min(start + chunk, targets.size)) for start in range(0, targets.size, chunk)]
+
+    def log_probs(index: int, rows: mx.array, arrays: Sequence[mx.array]) -> mx.array:
+        start, end = bounds[index]
+        out: mx.array = _chosen(head(rows, arrays, index), targets[start:end])
+        return out
+
+    if not gradients:
+        return _in_turn(bounds, hidden, lambda i, rows: [log_probs(i, rows, learned)])[0]
+    if learned:
+        return _learning(hidden, list(learned), bounds, log_probs)
+
+    @mx.custom_function
+    def scored(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        def one(index: int, rows: mx.array) -> list[mx.array]:
+            def total(rows: mx.array) -> tuple[mx.array, mx.array]:
+                values = log_probs(index, rows, ())
+                return values.sum(), values
+
+            (_, values), slope = mx.value_and_grad(total)(rows)
+            return [values, slope]
+
+        values, slopes = _in_turn(bounds, hidden, one)
+        return values, slopes
+
+    @scored.vjp
+    def backward(primals: mx.array, cotangents: Any, outputs: Any) -> mx.array:
+        return (cotangents[0][:, None] * outputs[1].astype(mx.float32)).astype(outputs[1].dtype)
+
+    values: mx.array = scored(hidden)[0]
+    return values
+
+
+def _in_turn(
+    bounds: list[tuple[int, int]], hidden: mx.array, one: Callable[[int, mx.array], list[mx.array]]
+) -> list[mx.array]:
+    """`one(index, rows)` for each chunk, each starting when the one before is done; the results joined."""
+    parts: list[list[mx.array]] = []
+    for index, (start, end) in enumerate(bounds):
+        rows = hidden[start:end]
+        if parts:
+            rows = mx.depends(rows, parts[-1])
+        parts.append(one(index, rows))
+    return [mx.concatenate(list(part)) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
+
+
+def _learning(
+    hidden: mx.array,
+    learned: list[mx.array],
+    bounds: list[tuple[int, int]],
+    log_probs: Callable[[int, mx.array, Sequence[mx.array]], mx.array],
+) -> mx.array:
+    """The same where the head has something to learn: its gradient needs the logits again, chunk by chunk."""
+
+    @mx.custom_function
+    def scored(hidden: mx.array, *arrays: mx.array) -> mx.array:
+        return _in_turn(bounds, hidden, lambda i, rows: [log_probs(i, rows, arrays)])[0]
+
+    @scored.vjp
+    def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
+        hidden, *arrays = primals
+        slopes: list[mx.array] = []
+        totals: list[mx.array] = []
+        for index, (start, end) in enumerate(bounds):
+            rows = hidden[start:end]
+            if totals:
+                rows = mx.depends(rows, [slopes[-1], *totals])
+            _, (slope, *parts) = mx.vjp(
+                lambda rows, *arrays, index=index: log_probs(index, rows, arrays), [rows, *arrays], [cotangent[start:end]]
+            )
+            slopes.append(slope)
+            totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else list(parts)
+        return (mx.concatenate(slopes), *totals)
+
+    out: mx.array = scored(hidden, *learned)
+    return out
