@@ -8,12 +8,13 @@ that owns them, the head is whatever the model does with what its backbone retur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlxlora.engine.hold import Hold, own_call
 
@@ -33,12 +34,16 @@ class Anatomy:
     backbone: the module that owns the blocks, or None where the network itself does (its head cannot be told apart)
     blocks:   the blocks in the order of their paths
     paths:    their paths
+    vocabulary, width, dtype: of the logits and of the hidden states
     """
 
     network: nn.Module
     backbone: nn.Module | None
     blocks: tuple[nn.Module, ...]
     paths: tuple[str, ...]
+    vocabulary: int
+    width: int = 0
+    dtype: mx.Dtype = mx.float32
 
     def hidden(self, tokens: mx.array) -> mx.array:
         """What the backbone makes of `tokens` [B, T]: [B, T, hidden]."""
@@ -64,23 +69,60 @@ class Anatomy:
         return out
 
 
-def dissect(network: nn.Module) -> Anatomy:
-    """Find the parts of `network`: the list of modules that holds the most weights, and who owns it."""
-    best: tuple[int, str, nn.Module, list[nn.Module]] | None = None
+def dissect(network: nn.Module, notes: list[str]) -> Anatomy:
+    """Find the parts of `network`, and keep only what a small batch confirms; what does not hold goes to `notes`."""
+    tokens = mx.array([[3, 1, 4, 1, 5], [9, 2, 6, 5, 3]])
+    plain: mx.array = network(mx.zeros((1, 2), mx.int32))
+    vocabulary = plain.shape[-1]
+    tokens = tokens % vocabulary
+    owner, blocks, paths = _blocks(network)
+    whole = Anatomy(network, None, blocks, paths, vocabulary)
+    if owner is None or owner is network:
+        notes.append("logits are made for every position: the model has no backbone of its own")
+        return whole
+    try:
+        anatomy = replace(whole, backbone=owner)
+        hidden = anatomy.hidden(tokens)
+        logits = anatomy.logits(hidden)
+        error = relative_error(logits, network(tokens))
+    except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
+        notes.append(f"logits are made for every position: backbone and head cannot be told apart ({failure})")
+        return whole
+    if not error <= tolerance(logits.dtype):
+        notes.append(f"logits are made for every position: backbone and head differ from the model by {error:.1e}")
+        return whole
+    return replace(anatomy, width=hidden.shape[-1], dtype=hidden.dtype)
+
+
+def relative_error(found: mx.array, expected: mx.array) -> float:
+    """max |found − expected| / max |expected|; infinite where shapes differ or a number is none."""
+    if found.shape != expected.shape:
+        return float("inf")
+    found, expected = found.astype(mx.float32), expected.astype(mx.float32)
+    value = (mx.max(mx.abs(found - expected)) / mx.maximum(mx.max(mx.abs(expected)), 1e-30)).item()
+    return float(value) if value == value else float("inf")
+
+
+def tolerance(dtype: mx.Dtype) -> float:
+    """How far two orders of computing the same may differ."""
+    return 1e-4 if dtype == mx.float32 else 5e-2
+
+
+def _blocks(network: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...], tuple[str, ...]]:
+    """The model's own `layers` where it names them, else the list of modules that holds the most weights; and its owner."""
     named = getattr(network, "layers", None)
     wanted = id(named[0]) if isinstance(named, list) and named and isinstance(named[0], nn.Module) else None
+    best: tuple[int, str, nn.Module, list[nn.Module]] | None = None
     for path, owner, modules in _lists(network):
-        size = sum(array.nbytes for module in modules for array in _arrays(module))
-        if wanted is not None and id(modules[0]) == wanted:
-            best = (size, path, owner, modules)
-            break
+        size = sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
+        if any(id(module) == wanted for module in modules):
+            size = 1 << 62
         if best is None or size > best[0]:
             best = (size, path, owner, modules)
     if best is None:
-        return Anatomy(network, None, (), ())
+        return None, (), ()
     _, path, owner, modules = best
-    paths = tuple(f"{path}.{index}" for index in range(len(modules)))
-    return Anatomy(network, None if owner is network else owner, tuple(modules), paths)
+    return owner, tuple(modules), tuple(f"{path}.{index}" for index in range(len(modules)))
 
 
 def _lists(network: nn.Module) -> Iterator[tuple[str, nn.Module, list[nn.Module]]]:
@@ -98,12 +140,3 @@ def _modules(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for key, child in items:
             yield from _modules(child, f"{path}.{key}" if path else str(key))
-
-
-def _arrays(module: nn.Module) -> list[mx.array]:
-    from mlx.utils import tree_flatten
-
-    return [array for _, array in tree_flatten(module.parameters())]
-
-
-Logits = Callable[[mx.array], mx.array]

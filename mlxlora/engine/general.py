@@ -46,9 +46,9 @@ class HiddenScores:
 class HeadView:
     """The head of a model as a function of hidden states and of the arrays in it that learn."""
 
-    def __init__(self, anatomy: Anatomy, slots: Slots, vocabulary: int, chunk: int) -> None:
+    def __init__(self, anatomy: Anatomy, slots: Slots, chunk: int) -> None:
         """`slots` are those of the whole network or of what lies outside of the blocks."""
-        self._anatomy, self._slots, self._vocabulary, self._chunk = anatomy, slots, vocabulary, chunk
+        self._anatomy, self._slots, self._vocabulary, self._chunk = anatomy, slots, anatomy.vocabulary, chunk
         self._indices = self._used()
 
     def _used(self) -> list[int]:
@@ -85,10 +85,10 @@ class HeadView:
 class General:
     """Value and gradient of a whole step in one graph."""
 
-    def __init__(self, anatomy: Anatomy, vocabulary: int, loss_chunk: int, recompute: bool, compiled: bool) -> None:
+    def __init__(self, anatomy: Anatomy, loss_chunk: int, recompute: bool, compiled: bool) -> None:
         self._anatomy, self._recompute, self._compiled = anatomy, recompute, compiled
         self._slots = Slots(anatomy.network)
-        self._head = HeadView(anatomy, self._slots, vocabulary, loss_chunk)
+        self._head = HeadView(anatomy, self._slots, loss_chunk)
         self._block_slots = [Slots(block) for block in anatomy.blocks]
         self._traced: dict[Any, Callable[..., Any]] = {}
 
@@ -96,6 +96,10 @@ class General:
     def slots(self) -> Slots:
         """The arrays of the network, in the order of the gradients."""
         return self._slots
+
+    def close(self) -> None:
+        """Forget what was compiled."""
+        self._traced.clear()
 
     def run(
         self, objective: Objective, batch: Batch, key: mx.array | None, gradients: bool
@@ -116,11 +120,14 @@ class General:
                 return sum_, (count, metrics)
 
             learned = [arrays[index] for index in self._slots.trainable]
-            if not gradients or not learned:
-                sum_, (count, metrics) = total(learned)
-                return (sum_, count, metrics), []
-            (sum_, (count, metrics)), slopes = mx.value_and_grad(total)(learned)
-            return (sum_, count, metrics), slopes
+            try:
+                if not gradients or not learned:
+                    sum_, (count, metrics) = total(learned)
+                    return (sum_, count, metrics), []
+                (sum_, (count, metrics)), slopes = mx.value_and_grad(total)(learned)
+                return (sum_, count, metrics), slopes
+            finally:
+                set_keys(self._anatomy, None)
 
         return step
 
@@ -128,18 +135,15 @@ class General:
         """The objective for `batch` with the arrays that stand in the network now; differentiable."""
         keys = None if key is None else split_key(key, len(self._anatomy.blocks))
         set_keys(self._anatomy, keys)
-        try:
-            with ExitStack() as stack:
-                if self._recompute and gradients:
-                    stack.enter_context(self._checkpointing(keys))
-                if self._anatomy.backbone is None:
-                    states = self._anatomy.network(batch.tokens)
-                else:
-                    states = self._anatomy.hidden(batch.tokens)
-            rows = states.reshape(-1, states.shape[-1])[batch.loss_positions]
-            return objective(self._head.scores(rows, gradients, None if keys is None else keys[-1]), batch)
-        finally:
-            set_keys(self._anatomy, None)
+        with ExitStack() as stack:
+            if self._recompute and gradients:
+                stack.enter_context(self._checkpointing(keys))
+            if self._anatomy.backbone is None:
+                states = self._anatomy.network(batch.tokens)
+            else:
+                states = self._anatomy.hidden(batch.tokens)
+        rows = states.reshape(-1, states.shape[-1])[batch.loss_positions]
+        return objective(self._head.scores(rows, gradients, None if keys is None else keys[-1]), batch)
 
     def _checkpointing(self, keys: Sequence[mx.array] | None) -> Hold:
         hold = Hold()
@@ -155,14 +159,14 @@ def _checkpointed(block: nn.Module, slots: Slots, key: mx.array | None) -> Calla
     def call(*args: Any, **kwargs: Any) -> Any:
         inputs, form = take_apart((args, kwargs))
 
-        def again(learned: list[mx.array], inputs: list[mx.array], key: list[mx.array]) -> Any:
+        def again(learned: list[mx.array], inputs: list[mx.array]) -> Any:
             args, kwargs = put_together(inputs, form)
             with slots.holding(learned, slots.trainable):
-                set_block_key(block, key[0] if key else None)
+                set_block_key(block, key)  # no argument: MLX would look for its gradient
                 return inner(*args, **kwargs)
 
         arrays = slots.get()
         learned = [arrays[index] for index in slots.trainable]
-        return mx.checkpoint(again)(learned, inputs, [] if key is None else [key])
+        return mx.checkpoint(again)(learned, inputs)
 
     return call

@@ -1,0 +1,177 @@
+"""Handing our masks and our attention to models that know neither.
+
+mlx-lm's models ask one function for their masks, `create_attention_mask`, and give what they get to another,
+`scaled_dot_product_attention`. While a step is traced, the modules of one network see our versions of both: the first returns a
+`CausalMask`, which says what is meant instead of being T × T booleans; the second recognises it and calls `attend`. A mask that
+the model made itself, or a call with a cache, goes to mlx-lm's own function. Packed rows need no more than that: what may not see
+each other is in the layout of the batch, which the mask function knows and no model has to.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora import mlxlm
+from mlxlora.engine.attention import CausalMask, Pattern, attend
+from mlxlora.engine.hold import own_class, reads_global, rebound
+
+MASK, ATTENTION = "create_attention_mask", "scaled_dot_product_attention"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of the batch in work are to attend.
+
+    linear:   in linear memory, where the model's attention allows it
+    segments: int [B, T], the document that a token belongs to, or None
+    lookback: see `Pattern`
+    chunk:    see `Pattern`
+    """
+
+    linear: bool
+    segments: mx.array | None = None
+    lookback: int | None = None
+    chunk: int = 0
+
+
+_layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
+
+
+def create_attention_mask(
+    h: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False
+) -> Any:
+    """Ours in place of mlx-lm's function of this name, for a network in hand (see `steering`)."""
+    layout = _layout.get()
+    length = h.shape[1]
+    if layout is None or cache is not None:
+        return mlxlm.module("models.base").create_attention_mask(h, cache, window_size, return_array)
+    if layout.linear and not return_array:
+        return CausalMask(window_size)
+    if layout.segments is None:
+        return mlxlm.module("models.base").create_attention_mask(h, None, window_size, return_array)
+    query, key = mx.arange(length)[:, None], mx.arange(length)[None]
+    seen = query >= key if window_size is None else (query >= key) & (query < key + window_size)
+    return seen & (layout.segments[:, None, :, None] == layout.segments[:, None, None, :])
+
+
+def scaled_dot_product_attention(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    cache: Any = None,
+    scale: float = 1.0,
+    mask: Any = None,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """Ours in place of mlx-lm's function of this name, for a network in hand (see `steering`)."""
+    if not isinstance(mask, CausalMask):
+        function = mlxlm.module("models.base").scaled_dot_product_attention
+        out: mx.array = function(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
+        return out
+    layout = _layout.get()
+    if layout is None or queries.shape[2] != keys.shape[2]:
+        raise ValueError("a mask of the engine was kept beyond its step")
+    pattern = Pattern(mask.window, layout.lookback, chunk=layout.chunk)
+    return attend(queries, keys, values, scale=scale, pattern=pattern, sinks=sinks, segments=layout.segments)
+
+
+OURS: dict[str, Callable[..., Any]] = {MASK: create_attention_mask, ATTENTION: scaled_dot_product_attention}
+
+
+def _mlxlm_global(function: types.FunctionType, name: str) -> bool:
+    """Whether `name` among the function's globals is mlx-lm's own function, and not another of the same name."""
+    return function.__globals__.get(name) is getattr(mlxlm.module("models.base"), name)
+
+
+def _with_ours(function: Any, depth: int = 2) -> types.FunctionType | None:
+    """A copy of `function` that sees our functions, also through helpers of its module; None if it uses neither."""
+    if not isinstance(function, types.FunctionType) or "__wrapped__" in function.__dict__:
+        return None
+    names: dict[str, Any] = {
+        name: ours for name, ours in OURS.items() if reads_global(function, name) and _mlxlm_global(function, name)
+    }
+    for name in function.__code__.co_names if depth else ():
+        helper = function.__globals__.get(name)
+        if isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__:
+            copy = _with_ours(helper, depth - 1)
+            if copy is not None:
+                names[name] = copy
+    return rebound(function, names) if names else None
+
+
+@cache
+def _steered_class(original: type[nn.Module]) -> type[nn.Module] | None:
+    """A subclass of `original` whose methods see our functions; None if none of them uses any."""
+    methods: dict[str, Any] = {}
+    for cls in reversed(original.__mro__):
+        if cls.__module__.startswith("mlx."):
+            continue
+        for name, function in vars(cls).items():
+            copy = _with_ours(function)
+            if copy is not None:
+                methods[name] = copy
+            elif name in methods:
+                del methods[name]
+    if not methods:
+        return None
+    return type(original.__name__, (original,), {**methods, "__module__": original.__module__})
+
+
+class Steering:
+    """The modules of one network that ask for masks or attend."""
+
+    def __init__(self, network: nn.Module) -> None:
+        modules = [module for _, module in network.named_modules()]
+        self._modules = [module for module in modules if _steered_class(own_class(module)) is not None]
+        self.asks = any(
+            reads_global(function, MASK) for module in self._modules for function in _functions(own_class(module))
+        )
+
+    @contextmanager
+    def with_layout(self, layout: Layout) -> Iterator[None]:
+        """Our masks and attention for this network, for as long as the block runs."""
+        before = [(module, type(module)) for module in self._modules]
+        token = _layout.set(layout)
+        try:
+            for module, cls in before:
+                object.__setattr__(module, "__class__", _steered_class(cls))
+            yield
+        finally:
+            for module, cls in before:
+                object.__setattr__(module, "__class__", cls)
+            _layout.reset(token)
+
+
+def _functions(cls: type) -> list[Any]:
+    return [function for base in cls.__mro__ for function in vars(base).values()]
+
+
+def layout_of(segments: mx.array | None, *, linear: bool, chunk: int) -> Layout:
+    """The layout of a batch. Looks at the segments, which the data loader has made; nothing in flight is waited for."""
+    if segments is None:
+        return Layout(linear, chunk=chunk)
+    import numpy as np
+
+    numbers = np.array(segments)
+    starts = np.ones_like(numbers, dtype=bool)
+    starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
+    place = np.arange(numbers.shape[1])
+    first = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    back = int((place - first).max(initial=0))
+    # rounded up, so that few traces serve all batches
+    step = max(64, 1 << max(0, (back - 1).bit_length() - 2)) if back > 1 else 64
+    return Layout(linear, segments, -(-back // step) * step, chunk)
+
+
+def with_segments(layout: Layout, segments: mx.array | None) -> Layout:
+    """The same layout over the array that stands for the segments in a trace."""
+    return replace(layout, segments=segments)
