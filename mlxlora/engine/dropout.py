@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,3 +29,12 @@ def set_keys(anatomy: Anatomy, keys: Sequence[mx.array] | None) -> None:
 def set_block_key(block: nn.Module, key: mx.array | None) -> None:
     """The same for one block."""
     set_dropout_keys(block, key)
+
+
+@contextmanager
+def no_dropout_after(anatomy: Anatomy) -> Iterator[None]:
+    """Take all keys away when the block ends: they may be arrays of a trace that is over."""
+    try:
+        yield
+    finally:
+        set_keys(anatomy, None)

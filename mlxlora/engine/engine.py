@@ -9,10 +9,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora.data.sample import Batch
-from mlxlora.engine.anatomy import dissect
+from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
 from mlxlora.engine.config import EngineConfig
 from mlxlora.engine.general import General
+from mlxlora.engine.masks import Layout, Steering, counting, layout_of
+from mlxlora.engine.packing import packing_refusal
 from mlxlora.engine.scores import Metrics, Objective
+from mlxlora.errors import UnsupportedError
 
 
 class Engine:
@@ -33,8 +36,12 @@ class Engine:
         self.config = config or EngineConfig()
         self.notes: list[str] = []
         self._anatomy = dissect(network, self.notes)
+        self._steering = Steering(network)
+        self._linear = self._attention_is_linear()
+        self._packs: bool | None = None
         self._general = General(
             self._anatomy,
+            self._steering,
             self.config.loss_chunk,
             recompute=self.config.checkpoint_blocks != "none",
             compiled=self.config.compile,
@@ -48,20 +55,60 @@ class Engine:
         The gradients form a tree like `network.trainable_parameters()`. `key` is the randomness of dropout; without one
         there is no dropout. Nothing is waited for: the arrays may still be on their way.
         """
-        (total, count, metrics), slopes = self._general.run(objective, batch, key, gradients=True)
+        outcome, slopes = self._general.run(objective, batch, self._layout(batch), key, gradients=True)
         slots = self._general.slots
         by_path = {slots.paths[index]: slope for index, slope in zip(slots.trainable, slopes, strict=True)}
-        return total, count, metrics, self._tree(by_path)
+        return *outcome, self._tree(by_path)
 
     def evaluate(self, objective: Objective, batch: Batch) -> tuple[mx.array, mx.array, Metrics]:
         """`(sum, count, metrics)` of `objective` for `batch`, without gradients and without dropout."""
-        outcome, _ = self._general.run(objective, batch, None, gradients=False)
+        outcome, _ = self._general.run(objective, batch, self._layout(batch), None, gradients=False)
         return outcome
 
     def close(self) -> None:
         """Let go of the network and of all that was compiled for it."""
         self._general.close()
 
+    def _layout(self, batch: Batch) -> Layout:
+        if batch.segments is not None and self._packs is None:
+            reason = packing_refusal(self.network)
+            if reason is not None:
+                raise UnsupportedError(f"This model cannot train on packed rows: {reason}. Set samples.packing to false.")
+            self._packs = True
+        return layout_of(batch.segments, linear=self._linear, chunk=self.config.attention_chunk)
+
     def _tree(self, by_path: dict[str, mx.array]) -> Any:
         order = [path for path, _ in tree_flatten(self.network.trainable_parameters())]
         return tree_unflatten([(path, by_path[path]) for path in order])
+
+    def _attention_is_linear(self) -> bool:
+        """Whether attention in linear memory gives the model's own hidden states; the reason goes to the notes if not."""
+        if self.config.attention == "plain":
+            return False
+        reason = _why_not_linear(self._anatomy, self._steering, self.notes)
+        if reason is None:
+            return True
+        if self.config.attention == "linear":
+            raise UnsupportedError(f"Attention in linear memory was asked for, but {reason}. Set attention to auto.")
+        self.notes.append(f"attention keeps tokens × tokens for each head: {reason}")
+        return False
+
+
+def _why_not_linear(anatomy: Anatomy, steering: Steering, notes: list[str]) -> str | None:
+    if not steering.asks:
+        return "the model makes its masks itself, or has no attention of the usual kind"
+    tokens = mx.arange(2 * 40).reshape(2, 40) % anatomy.vocabulary
+    expected = anatomy.network(tokens)
+    try:
+        with counting() as census, steering.with_layout(Layout(linear=True, chunk=16)):
+            found = anatomy.network(tokens)
+        error = relative_error(found, expected)
+    except (ValueError, TypeError, AttributeError, IndexError) as failure:
+        return f"the model looks into its masks ({failure})"
+    if not error <= tolerance(found.dtype):
+        return f"its result differs from the model's by {error:.1e}"
+    if census.linear == 0:
+        return "the model's attention is of another kind"
+    if census.linear < census.all:
+        notes.append(f"attention keeps tokens × tokens in {census.all - census.linear} of {census.all} layers")
+    return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +17,9 @@ import mlx.nn as nn
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy
 from mlxlora.engine.arguments import BatchForm, put_together, take_apart
-from mlxlora.engine.dropout import set_block_key, set_keys, split_key
+from mlxlora.engine.dropout import no_dropout_after, set_block_key, set_keys, split_key
 from mlxlora.engine.hold import Hold, own_call
+from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.token_loss import chunk_length, token_log_probs
@@ -85,8 +87,10 @@ class HeadView:
 class General:
     """Value and gradient of a whole step in one graph."""
 
-    def __init__(self, anatomy: Anatomy, loss_chunk: int, recompute: bool, compiled: bool) -> None:
-        self._anatomy, self._recompute, self._compiled = anatomy, recompute, compiled
+    def __init__(
+        self, anatomy: Anatomy, steering: Steering, loss_chunk: int, recompute: bool, compiled: bool
+    ) -> None:
+        self._anatomy, self._steering, self._recompute, self._compiled = anatomy, steering, recompute, compiled
         self._slots = Slots(anatomy.network)
         self._head = HeadView(anatomy, self._slots, loss_chunk)
         self._block_slots = [Slots(block) for block in anatomy.blocks]
@@ -102,32 +106,33 @@ class General:
         self._traced.clear()
 
     def run(
-        self, objective: Objective, batch: Batch, key: mx.array | None, gradients: bool
+        self, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None, gradients: bool
     ) -> tuple[Outcome, list[mx.array]]:
         """The outcome, and the gradients of the trainable slots (none without `gradients`)."""
         form = BatchForm(batch)
-        kind = (objective, form.key, key is None, gradients)
+        layout = replace(layout, segments=None)
+        kind = (objective, form.key, layout, key is None, gradients)
         if kind not in self._traced:
-            step = self._step(objective, form, gradients)
+            step = self._step(objective, form, layout, gradients)
             self._traced[kind] = mx.compile(step) if self._compiled else step
         return self._traced[kind](self._slots.get(), form.arrays(batch), *([] if key is None else [key]))  # type: ignore[no-any-return]
 
-    def _step(self, objective: Objective, form: BatchForm, gradients: bool) -> Callable[..., Any]:
+    def _step(self, objective: Objective, form: BatchForm, layout: Layout, gradients: bool) -> Callable[..., Any]:
         def step(arrays: list[mx.array], inputs: list[mx.array], key: mx.array | None = None) -> Any:
+            batch = form.batch(inputs)
+
             def total(learned: list[mx.array]) -> tuple[mx.array, tuple[mx.array, Any]]:
                 with self._slots.holding(arrays), self._slots.holding(learned, self._slots.trainable):
-                    sum_, count, metrics = self.outcome(objective, form.batch(inputs), key, gradients)
+                    sum_, count, metrics = self.outcome(objective, batch, key, gradients)
                 return sum_, (count, metrics)
 
             learned = [arrays[index] for index in self._slots.trainable]
-            try:
+            with self._steering.with_layout(replace(layout, segments=batch.segments)), no_dropout_after(self._anatomy):
                 if not gradients or not learned:
                     sum_, (count, metrics) = total(learned)
                     return (sum_, count, metrics), []
                 (sum_, (count, metrics)), slopes = mx.value_and_grad(total)(learned)
                 return (sum_, count, metrics), slopes
-            finally:
-                set_keys(self._anatomy, None)
 
         return step
 

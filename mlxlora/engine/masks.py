@@ -13,7 +13,7 @@ import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -43,6 +43,15 @@ class Layout:
     chunk: int = 0
 
 
+@dataclass(slots=True)
+class Census:
+    """How many calls of attention there were, and how many of them in linear memory."""
+
+    all: int = 0
+    linear: int = 0
+
+
+_census: ContextVar[Census | None] = ContextVar("census", default=None)
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
 
@@ -73,6 +82,10 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Ours in place of mlx-lm's function of this name, for a network in hand (see `steering`)."""
+    census = _census.get()
+    if census is not None:
+        census.all += 1
+        census.linear += isinstance(mask, CausalMask)
     if not isinstance(mask, CausalMask):
         function = mlxlm.module("models.base").scaled_dot_product_attention
         out: mx.array = function(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
@@ -151,6 +164,17 @@ class Steering:
             _layout.reset(token)
 
 
+@contextmanager
+def counting() -> Iterator[Census]:
+    """Count the calls of attention while the block runs."""
+    census = Census()
+    token = _census.set(census)
+    try:
+        yield census
+    finally:
+        _census.reset(token)
+
+
 def _functions(cls: type) -> list[Any]:
     return [function for base in cls.__mro__ for function in vars(base).values()]
 
@@ -170,8 +194,3 @@ def layout_of(segments: mx.array | None, *, linear: bool, chunk: int) -> Layout:
     # rounded up, so that few traces serve all batches
     step = max(64, 1 << max(0, (back - 1).bit_length() - 2)) if back > 1 else 64
     return Layout(linear, segments, -(-back // step) * step, chunk)
-
-
-def with_segments(layout: Layout, segments: mx.array | None) -> Layout:
-    """The same layout over the array that stands for the segments in a trace."""
-    return replace(layout, segments=segments)

@@ -1,1 +1,5 @@
-"""What is minimised: one file an objective."""
+"""What a model is trained for: one pure function each, `(scores, batch) -> (sum, count, metrics)`."""
+
+from mlxlora.objectives.sft import sft
+
+__all__ = ["sft"]

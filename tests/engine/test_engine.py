@@ -54,3 +54,48 @@ def test_every_family(family: str) -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.3])
 def test_grades_of_recomputation_with_dropout(grade: Any, dropout: float) -> None:
     agree(adapted("llama", dropout=dropout), EngineConfig(checkpoint_blocks=grade, compile=False), dropout=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen3_moe"])
+def test_packed_rows_are_their_samples_apart(family: str) -> None:
+    network = adapted(family)
+    made = reference.samples([23, 40, 9, 30, 17], tiny.VOCABULARY)
+    value, _, grads = reference.step(network, reference.padded(made))
+    for attention in ("linear", "plain"):
+        engine = Engine(network, EngineConfig(compile=False, attention=attention, attention_chunk=16))  # type: ignore[arg-type]
+        total, _, _, slopes = engine.value_and_grad(sft, reference.batch([made[:3], made[3:]]))
+        assert total.item() == pytest.approx(value.item(), rel=1e-6)
+        assert reference.gradient_error(slopes, grads) < 1e-5
+
+
+def test_compiled_step_with_new_weights() -> None:
+    """A compiled step sees the parameters of the moment, and one trace serves batches of one shape."""
+    network = adapted("llama")
+    engine = Engine(network, EngineConfig())
+    for seed in (3, 4):
+        reference.awaken(network, seed)
+        batch = reference.padded(reference.samples(LENGTHS, tiny.VOCABULARY, 0))
+        value, _, grads = reference.step(network, batch)
+        total, _, _, slopes = engine.value_and_grad(sft, batch)
+        assert total.item() == pytest.approx(value.item(), rel=1e-6)
+        assert reference.gradient_error(slopes, grads) < 1e-5
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quantized_base(bits: int) -> None:
+    agree(adapted("llama", {"group_size": 32, "bits": bits}), EngineConfig(compile=False))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers": 1},
+        {"targets": ["attention"]},
+        {"targets": ["output", "all-linear"]},
+        {"targets": ["output", "all-linear"], "dropout": 0.2, "changes": {"tie_word_embeddings": False}},
+        {"type": "full"},
+        {"type": "full", "changes": {"tie_word_embeddings": True}},
+    ],
+)
+def test_what_learns(settings: dict[str, Any]) -> None:
+    agree(adapted("llama", **settings), EngineConfig(compile=False))
