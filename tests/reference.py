@@ -1,4 +1,5 @@
-"""The plain computation: full logits of every position, one graph, `mx.value_and_grad`. Tests hold the engine against it.
+"""The plain computation: full logits of every position, one graph, `mx.value_and_grad`. Tests hold the engine against
+it.
 
 Also batches of random samples, padded and packed, and the adapter layers of a network made to do something.
 """

@@ -1,9 +1,9 @@
 """Where a model keeps its blocks, its backbone and its head.
 
 Every causal LM of mlx-lm is a chain: tokens → prologue (embedding, masks) → blocks → tail (final norm) → head (logits).
-The chain is found by looking, not by knowing models: the blocks are the model's list of layers, the backbone is the module
-that owns them, the head is whatever the model does with what its backbone returns. Nothing here is trusted until
-`verify.py` has compared it with the model's own logits.
+The chain is found by looking, not by knowing models: the blocks are the model's list of layers, the backbone is the
+module that owns them, the head is whatever the model does with what its backbone returns. Nothing here is trusted
+until `verify.py` has compared it with the model's own logits.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxlora.engine.hold import Hold, own_call
+from mlxlora.engine.slots import flat
 
 
-class Reached(Exception):  # noqa: N818 - control flow, not an error
+class Reached(Exception):
     """The backbone has returned: carries its output past the head."""
 
     def __init__(self, value: Any) -> None:
@@ -99,8 +99,9 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
     if found.shape != expected.shape:
         return float("inf")
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    value = (mx.max(mx.abs(found - expected)) / mx.maximum(mx.max(mx.abs(expected)), 1e-30)).item()
-    return float(value) if value == value else float("inf")
+    error: Any = mx.max(mx.abs(found - expected)) / mx.maximum(mx.max(mx.abs(expected)), 1e-30)
+    value = float(error.item())
+    return value if value == value else float("inf")
 
 
 def tolerance(dtype: mx.Dtype) -> float:
@@ -109,12 +110,13 @@ def tolerance(dtype: mx.Dtype) -> float:
 
 
 def _blocks(network: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...], tuple[str, ...]]:
-    """The model's own `layers` where it names them, else the list of modules that holds the most weights; and its owner."""
+    """The model's own `layers` where it names them, else the list of modules that holds the most weights; and its
+    owner."""
     named = getattr(network, "layers", None)
     wanted = id(named[0]) if isinstance(named, list) and named and isinstance(named[0], nn.Module) else None
     best: tuple[int, str, nn.Module, list[nn.Module]] | None = None
     for path, owner, modules in _lists(network):
-        size = sum(array.nbytes for module in modules for _, array in tree_flatten(module.parameters()))
+        size = sum(array.nbytes for module in modules for array in flat(module.parameters()).values())
         if any(id(module) == wanted for module in modules):
             size = 1 << 62
         if best is None or size > best[0]:

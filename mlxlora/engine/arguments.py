@@ -64,7 +64,8 @@ class BatchForm:
     def __init__(self, batch: Batch) -> None:
         assert is_dataclass(batch)
         self._names = [field.name for field in fields(batch) if isinstance(getattr(batch, field.name), mx.array)]
-        self._batch = replace(batch, samples=(), **dict.fromkeys(self._names))
+        blank: dict[str, Any] = {"samples": (), **dict.fromkeys(self._names)}
+        self._batch = replace(batch, **blank)
         rest = [(field.name, getattr(self._batch, field.name)) for field in fields(batch)]
         self.key = (type(batch), tuple(self._names), tuple((name, value) for name, value in rest if value is not None))
 
@@ -74,4 +75,5 @@ class BatchForm:
 
     def batch(self, arrays: Sequence[mx.array]) -> Batch:
         """A batch of this form with other arrays (and without sample numbers)."""
-        return replace(self._batch, **dict(zip(self._names, arrays, strict=True)))
+        named: dict[str, Any] = dict(zip(self._names, arrays, strict=True))
+        return replace(self._batch, **named)

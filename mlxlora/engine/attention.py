@@ -3,11 +3,12 @@
     B  rows      H  query heads      K  key/value heads      G  query heads of one key head (H / K)
     T  tokens    C  queries that attend at a time            N  keys that these may see
 
-out = softmax(scale · q kᵀ) v under a causal mask, with a sliding window, attention sinks, soft-capped scores and packed documents
-as mlx-lm's models ask for them. MLX keeps the T × T probabilities of every head for the backward pass; here they are made again
-from q and k, C rows at a time, so nothing of size T × T exists. A chunk needs no key behind it, none before its window, and, in
-packed rows, none before the documents it belongs to: a causal mask costs half of the full square, packed rows a small part.
-(FlashAttention's idea, https://arxiv.org/abs/2205.14135, in MLX's own operations: the same code runs on Metal, CUDA and CPUs.)
+out = softmax(scale · q kᵀ) v under a causal mask, with a sliding window, attention sinks, soft-capped scores and
+packed documents as mlx-lm's models ask for them. MLX keeps the T × T probabilities of every head for the backward
+pass; here they are made again from q and k, C rows at a time, so nothing of size T × T exists. A chunk needs no key
+behind it, none before its window, and, in packed rows, none before the documents it belongs to: a causal mask costs
+half of the full square, packed rows a small part. (FlashAttention's idea, https://arxiv.org/abs/2205.14135, in MLX's
+own operations: the same code runs on Metal, CUDA and CPUs.)
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def attend(
         call = _Call(queries, keys, values, rest[0] if rest else None, segments, scale, pattern)
         return _backward(call, cotangent, output)
 
-    out: mx.array = attention(queries, keys, values) if sinks is None else attention(queries, keys, values, sinks)
+    value: Any = attention(queries, keys, values) if sinks is None else attention(queries, keys, values, sinks)
+    out: mx.array = value
     return out
 
 
@@ -108,7 +110,8 @@ class _Call:
         self.slab = max(1, min(self.key_heads, SCORES_AT_A_TIME // one))
 
     def _chunk(self) -> int:
-        """A quarter of the queries in a short row (the triangle above the diagonal is saved), fewer where rows are long."""
+        """A quarter of the queries in a short row (the triangle above the diagonal is saved), fewer where rows are
+        long."""
         room = SCORES_AT_A_TIME // (self.rows * self.group * self.length)
         return max(32, min(CHUNK, room, -(-self.length // 4)) // 16 * 16)
 

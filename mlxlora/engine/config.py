@@ -16,15 +16,18 @@ class EngineConfig:
     """How the step computes. No setting changes what is computed, only its speed and its memory.
 
     Attributes:
-        checkpoint_blocks: what is kept of each block for the backward pass: everything (none: fastest to start, largest),
-            its matrix products (products: nothing dear is computed twice), or only its input (inputs: smallest, one more
-            forward pass). auto takes the products while they fit
+        checkpoint_blocks: what is kept of each block for the backward pass: everything (none: fastest to start,
+            largest),
+            its matrix products (products: nothing dear is computed twice), or only its input (inputs: smallest, one
+            more forward pass). auto takes the products while they fit
         loss_chunk: tokens whose logits exist at a time; 0 chooses by the size of the vocabulary
-        attention: linear keeps nothing of size tokens × tokens, and is an error where a model does not allow it; plain is
+        attention: linear keeps nothing of size tokens × tokens, and is an error where a model does not allow it;
+            plain is
             the model's own; auto is linear where it holds
         attention_chunk: queries that attend at a time; 0 chooses by shape
         compile: compile the step with `mx.compile`
-        frozen_cache: gigabytes of outputs of the frozen lower blocks that may be kept, so that later epochs do not compute
+        frozen_cache: gigabytes of outputs of the frozen lower blocks that may be kept, so that later epochs do not
+            compute
             them again; 0 keeps none
         frozen_cache_dir: where to keep them; empty for memory
     """
@@ -41,7 +44,9 @@ class EngineConfig:
         for name, choices in (("checkpoint_blocks", get_args(CheckpointBlocks)), ("attention", get_args(Attention))):
             value = getattr(self, name)
             if value not in choices:
-                raise ConfigError(f"{name} is {value!r}; it is one of {', '.join(choices)}.{nearest(str(value), choices)}")
+                raise ConfigError(
+                    f"{name} is {value!r}; it is one of {', '.join(choices)}.{nearest(str(value), choices)}"
+                )
         for name in ("loss_chunk", "attention_chunk"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
@@ -15,13 +15,15 @@ from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of
 from mlxlora.engine.packing import packing_refusal
 from mlxlora.engine.scores import Metrics, Objective
+from mlxlora.engine.slots import flat
 from mlxlora.errors import UnsupportedError
 
 
 class Engine:
     """Computes steps for one network.
 
-    The network is one of mlx-lm's, with or without adapters in it; it stays as it is. What is trainable is looked up once,
+    The network is one of mlx-lm's, with or without adapters in it; it stays as it is. What is trainable is looked up
+    once,
     here: make an engine after adapters were put in or taken out.
 
         engine = Engine(network)
@@ -73,16 +75,18 @@ class Engine:
         if batch.segments is not None and self._packs is None:
             reason = packing_refusal(self.network)
             if reason is not None:
-                raise UnsupportedError(f"This model cannot train on packed rows: {reason}. Set samples.packing to false.")
+                raise UnsupportedError(
+                    f"This model cannot train on packed rows: {reason}. Set samples.packing to false."
+                )
             self._packs = True
         return layout_of(batch.segments, linear=self._linear, chunk=self.config.attention_chunk)
 
     def _tree(self, by_path: dict[str, mx.array]) -> Any:
-        order = [path for path, _ in tree_flatten(self.network.trainable_parameters())]
-        return tree_unflatten([(path, by_path[path]) for path in order])
+        return tree_unflatten([(path, by_path[path]) for path in flat(self.network.trainable_parameters())])
 
     def _attention_is_linear(self) -> bool:
-        """Whether attention in linear memory gives the model's own hidden states; the reason goes to the notes if not."""
+        """Whether attention in linear memory gives the model's own hidden states; the reason goes to the notes if
+        not."""
         if self.config.attention == "plain":
             return False
         reason = _why_not_linear(self._anatomy, self._steering, self.notes)

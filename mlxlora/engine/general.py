@@ -75,7 +75,8 @@ class HeadView:
         arrays = self._slots.get()
 
         def head(rows: mx.array, learned: Sequence[mx.array], index: int) -> mx.array:
-            with self._slots.holding(learned, self._indices if learned else []):
+            # the backward pass calls this when the slots hold other arrays again
+            with self._slots.holding(arrays), self._slots.holding(learned, self._indices if learned else []):
                 if key is not None and learned:  # every chunk its own dropout mask
                     set_keys(self._anatomy, [mx.random.split(key, index + 2)[index]])
                 return self._anatomy.logits(rows[None])[0]
@@ -87,9 +88,7 @@ class HeadView:
 class General:
     """Value and gradient of a whole step in one graph."""
 
-    def __init__(
-        self, anatomy: Anatomy, steering: Steering, loss_chunk: int, recompute: bool, compiled: bool
-    ) -> None:
+    def __init__(self, anatomy: Anatomy, steering: Steering, loss_chunk: int, recompute: bool, compiled: bool) -> None:
         self._anatomy, self._steering, self._recompute, self._compiled = anatomy, steering, recompute, compiled
         self._slots = Slots(anatomy.network)
         self._head = HeadView(anatomy, self._slots, loss_chunk)
@@ -163,14 +162,14 @@ def _checkpointed(block: nn.Module, slots: Slots, key: mx.array | None) -> Calla
 
     def call(*args: Any, **kwargs: Any) -> Any:
         inputs, form = take_apart((args, kwargs))
+        arrays = slots.get()  # as they are in this trace: the backward pass comes when they are gone from the slots
 
         def again(learned: list[mx.array], inputs: list[mx.array]) -> Any:
             args, kwargs = put_together(inputs, form)
-            with slots.holding(learned, slots.trainable):
+            with slots.holding(arrays), slots.holding(learned, slots.trainable):
                 set_block_key(block, key)  # no argument: MLX would look for its gradient
                 return inner(*args, **kwargs)
 
-        arrays = slots.get()
         learned = [arrays[index] for index in slots.trainable]
         return mx.checkpoint(again)(learned, inputs)
 

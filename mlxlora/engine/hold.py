@@ -1,11 +1,12 @@
 """Steering a model from outside without changing it: a hold on single module instances, undone afterwards.
 
-mlx-lm's models know nothing of this engine, and nothing of them is patched for the process: no class, no module. While a
-step is traced, single *instances* are given a subclass of their own class whose `__call__` is ours; when the trace is over,
-also by an exception, each has its own class back. Parameters, paths and attributes stay as they are.
+mlx-lm's models know nothing of this engine, and nothing of them is patched for the process: no class, no module.
+While a step is traced, single *instances* are given a subclass of their own class whose `__call__` is ours; when the
+trace is over, also by an exception, each has its own class back. Parameters, paths and attributes stay as they are.
 
-A second tool: the function behind a method looks up names such as `scaled_dot_product_attention` among its globals. A copy
-of the function over a copy of the globals (`rebound`) sees another one; the module that defined it does not change.
+A second tool: the function behind a method looks up names such as `scaled_dot_product_attention` among its globals. A
+copy of the function over a copy of the globals (`rebound`) sees another one; the module that defined it does not
+change.
 """
 
 from __future__ import annotations
@@ -91,7 +92,11 @@ def reads_global(function: Any, name: str) -> bool:
 def rebound(function: types.FunctionType, names: Mapping[str, Any]) -> types.FunctionType:
     """A copy of `function` that sees `names` instead of its module's own globals of these names."""
     copy = types.FunctionType(
-        function.__code__, {**function.__globals__, **names}, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        {**function.__globals__, **names},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

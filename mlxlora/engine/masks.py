@@ -1,10 +1,11 @@
 """Handing our masks and our attention to models that know neither.
 
 mlx-lm's models ask one function for their masks, `create_attention_mask`, and give what they get to another,
-`scaled_dot_product_attention`. While a step is traced, the modules of one network see our versions of both: the first returns a
-`CausalMask`, which says what is meant instead of being T × T booleans; the second recognises it and calls `attend`. A mask that
-the model made itself, or a call with a cache, goes to mlx-lm's own function. Packed rows need no more than that: what may not see
-each other is in the layout of the batch, which the mask function knows and no model has to.
+`scaled_dot_product_attention`. While a step is traced, the modules of one network see our versions of both: the first
+returns a `CausalMask`, which says what is meant instead of being T × T booleans; the second recognises it and calls
+`attend`. A mask that the model made itself, or a call with a cache, goes to mlx-lm's own function. Packed rows need
+no more than that: what may not see each other is in the layout of the batch, which the mask function knows and no
+model has to.
 """
 
 from __future__ import annotations
@@ -156,7 +157,8 @@ class Steering:
         token = _layout.set(layout)
         try:
             for module, cls in before:
-                object.__setattr__(module, "__class__", _steered_class(cls))
+                steered: Any = _steered_class(cls)  # type: ignore[arg-type]
+                object.__setattr__(module, "__class__", steered)
             yield
         finally:
             for module, cls in before:

@@ -1,9 +1,9 @@
 """Whether several documents can share a row with a model, and if not, why.
 
-Most models can: attention is told who may see whom, and rotary positions are relative, so a document in the middle of a row is
-computed as if it stood alone. What carries a state from token to token (Mamba, linear attention, convolutions), counts positions
-from the start of the row, or changes with the length of the row, cannot. The first two show when two documents are computed
-together and apart; the third shows at great length only, so it is looked up.
+Most models can: attention is told who may see whom, and rotary positions are relative, so a document in the middle of
+a row is computed as if it stood alone. What carries a state from token to token (Mamba, linear attention,
+convolutions), counts positions from the start of the row, or changes with the length of the row, cannot. The first
+two show when two documents are computed together and apart; the third shows at great length only, so it is looked up.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Every array of a module tree as a flat list, to pass in and out of traced functions.
 
-`nn.Module.parameters()` leaves out private arrays (rope frequencies, for one). A function that is compiled once and used for
-all blocks of one structure must see those as inputs too, so the slots hold everything.
+`nn.Module.parameters()` leaves out private arrays (rope frequencies, for one). A function that is compiled once and
+used for all blocks of one structure must see those as inputs too, so the slots hold everything.
 """
 
 from __future__ import annotations
@@ -12,8 +12,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 Container = dict[str, Any] | list[Any]
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree of parameters by their paths, in its order."""
+    found: Any = tree_flatten(tree)
+    return dict(found)
 
 
 class Slots:
@@ -43,9 +50,7 @@ class Slots:
                 self._walk(child, f"{path}.{key}", skip, seen)
 
     def _trainable(self, root: nn.Module) -> None:
-        from mlx.utils import tree_flatten
-
-        learned = {path for path, _ in tree_flatten(root.trainable_parameters())}
+        learned = flat(root.trainable_parameters())
         self.trainable = [index for index, path in enumerate(self.paths) if path in learned]
 
     def __len__(self) -> int:

@@ -2,11 +2,12 @@
 
     P  positions that are scored      D  width of the hidden states      V  vocabulary      C  positions in a chunk
 
-log p(y | h) = l_y − log Σ exp(l), with l = head(h). A chunk of C positions has its logits made, turned into log-probabilities
-and given up before the next one starts. While the logits of a chunk are there, the gradient of each log-probability by its own
-hidden state is taken too, [C, D]: rows are independent, so whatever an objective later asks of position p is this row times a
-number, and nothing of size P × V is kept or made twice (the idea of Liger Kernel, https://arxiv.org/abs/2410.10989, per token).
-Where the head itself learns, the backward pass makes the logits of a chunk again instead.
+log p(y | h) = l_y − log Σ exp(l), with l = head(h). A chunk of C positions has its logits made, turned into
+log-probabilities and given up before the next one starts. While the logits of a chunk are there, the gradient of each
+log-probability by its own hidden state is taken too, [C, D]: rows are independent, so whatever an objective later
+asks of position p is this row times a number, and nothing of size P × V is kept or made twice (the idea of Liger
+Kernel, https://arxiv.org/abs/2410.10989, per token). Where the head itself learns, the backward pass makes the logits
+of a chunk again instead.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def _chosen_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output:
 def chunk_length(positions: int, vocabulary: int, wanted: int = 0) -> int:
     """Positions whose logits exist at a time.
 
-    Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions, many enough for a full product.
+    Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions, many enough for a full
+    product.
     """
     if wanted:
         return min(wanted, positions)
@@ -63,7 +65,8 @@ def token_log_probs(
 
     def log_probs(index: int, rows: mx.array, arrays: Sequence[mx.array]) -> mx.array:
         start, end = bounds[index]
-        out: mx.array = _chosen(head(rows, arrays, index), targets[start:end])
+        value: Any = _chosen(head(rows, arrays, index), targets[start:end])
+        out: mx.array = value
         return out
 
     if not gradients:
@@ -86,9 +89,12 @@ def token_log_probs(
 
     @scored.vjp
     def backward(primals: mx.array, cotangents: Any, outputs: Any) -> mx.array:
-        return (cotangents[0][:, None] * outputs[1].astype(mx.float32)).astype(outputs[1].dtype)
+        slopes: mx.array = outputs[1]
+        out: mx.array = (cotangents[0][:, None] * slopes.astype(mx.float32)).astype(slopes.dtype)
+        return out
 
-    values: mx.array = scored(hidden)[0]
+    both: Any = scored(hidden)
+    values: mx.array = both[0]
     return values
 
 
@@ -119,19 +125,23 @@ def _learning(
 
     @scored.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
-        hidden, *arrays = primals
+        rows_of_all, *arrays = primals
         slopes: list[mx.array] = []
         totals: list[mx.array] = []
         for index, (start, end) in enumerate(bounds):
-            rows = hidden[start:end]
+            rows = rows_of_all[start:end]
             if totals:
-                rows = mx.depends(rows, [slopes[-1], *totals])
+                waited: Any = mx.depends(rows, [slopes[-1], *totals])
+                rows = waited
             _, (slope, *parts) = mx.vjp(
-                lambda rows, *arrays, index=index: log_probs(index, rows, arrays), [rows, *arrays], [cotangent[start:end]]
+                lambda rows, *arrays, index=index: log_probs(index, rows, arrays),
+                [rows, *arrays],
+                [cotangent[start:end]],
             )
             slopes.append(slope)
             totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else list(parts)
         return (mx.concatenate(slopes), *totals)
 
-    out: mx.array = scored(hidden, *learned)
+    value: Any = scored(hidden, *learned)
+    out: mx.array = value
     return out

@@ -14,7 +14,19 @@ from mlxlora.engine.engine import Engine
 from mlxlora.objectives.sft import sft
 from tests import reference, tiny
 
-FAMILIES = ["llama", "qwen3", "gemma2", "gemma3", "phi3", "mixtral", "qwen3_moe", "gpt2", "deepseek_v3", "gpt_oss", "cohere"]
+FAMILIES = [
+    "llama",
+    "qwen3",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "mixtral",
+    "qwen3_moe",
+    "gpt2",
+    "deepseek_v3",
+    "gpt_oss",
+    "cohere",
+]
 LENGTHS = [23, 40, 9]
 
 
@@ -40,6 +52,9 @@ def adapted(family: str, quantize: dict[str, Any] | None = None, **settings: Any
     network = tiny.network(family, **changes)
     if quantize:
         nn.quantize(network, **quantize)
+    if settings.get("type") == "full":
+        network.unfreeze()
+        return network
     inject(network, AdapterConfig(**{"rank": 4, **settings}), seed=1)
     reference.awaken(network)
     return network
