@@ -133,13 +133,14 @@ def _learning(
             if totals:
                 waited: Any = mx.depends(rows, [slopes[-1], *totals])
                 rows = waited
-            _, (slope, *parts) = mx.vjp(
+            grads: list[mx.array] = mx.vjp(
                 lambda rows, *arrays, index=index: log_probs(index, rows, arrays),
                 [rows, *arrays],
                 [cotangent[start:end]],
-            )
-            slopes.append(slope)
-            totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else list(parts)
+            )[1]
+            slopes.append(grads[0])
+            parts = grads[1:]
+            totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else parts
         return (mx.concatenate(slopes), *totals)
 
     value: Any = scored(hidden, *learned)

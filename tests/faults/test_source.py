@@ -52,8 +52,8 @@ def dangers(source: str) -> list[tuple[int, str]]:
             if name.endswith("torch.load") and isinstance(weights_only, ast.Constant) and weights_only.value is True:
                 names.remove(name)
         elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
-            if isinstance(node.value, ast.Constant) and node.value.value is not False:
-                names = ["trust_remote_code="]
+            fixed = isinstance(node.value, ast.Constant) and node.value.value is not False
+            names = ["trust_remote_code="] if fixed else []
         found += [(getattr(node, "lineno", 0), name) for name in names]
     return found
 
