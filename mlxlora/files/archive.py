@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import lzma
 import shutil
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -21,6 +21,8 @@ from mlxlora.files.space import human_bytes, require_space
 MAX_MEMBERS = 10_000
 MAX_BYTES = 20_000_000_000  # unpacked, all members together
 MAX_RATIO = 200  # unpacked : packed; text that was written by people stays below 20
+METHODS = {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}  # the others may ask for gigabytes to unpack a byte
+DAMAGE = (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, ValueError, struct.error, zlib.error)
 RATIO_FROM = 10_000_000  # bytes; small members may be as repetitive as they like
 
 
@@ -51,11 +53,10 @@ class _Member(io.RawIOBase):
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, zlib.error, lzma.LZMAError) as error:
-            raise FormatError(f"{self._where}: damaged, or an unknown compression: {error}.") from None
+        except DAMAGE as error:
+            raise FormatError(f"{self._where}: damaged: {error}.") from None
         except OSError as error:
-            # damage: bz2 reports it without a number, and an offset that lies leads to a seek that cannot be
-            if error.errno not in (None, errno.EINVAL):
+            if error.errno != errno.EINVAL:  # an offset that lies leads to a seek that cannot be
                 raise
             raise FormatError(f"{self._where}: damaged: {error}.") from None
 
@@ -94,7 +95,7 @@ def _open(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
     except FileNotFoundError:
         raise InputError(f"{path} does not exist.") from None
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, UnicodeDecodeError) as error:
+    except (*DAMAGE, OSError) as error:
         raise FormatError(f"{path} is not a sound ZIP archive: {error}.") from None
 
 
@@ -131,6 +132,8 @@ def _wrong_member(entry: zipfile.ZipInfo) -> str:
         return "a link or a special file"
     if entry.flag_bits & 0x1:
         return "encrypted"
+    if entry.compress_type not in METHODS:
+        return f"compressed by method {entry.compress_type}; only deflate and stored are read"
     if entry.file_size > RATIO_FROM and entry.file_size > MAX_RATIO * max(entry.compress_size, 1):
         return f"expands from {human_bytes(entry.compress_size)} to {human_bytes(entry.file_size)}"
     return ""

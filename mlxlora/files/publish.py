@@ -98,7 +98,11 @@ def publish(scratch: Path, target: Path) -> None:
         # `.target.tmp-…/old`, from where `sweep_scratch` brings it back should the process die just then.
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
         target.rename(aside / "old")
-        scratch.rename(target)
+        try:
+            scratch.rename(target)
+        except BaseException:
+            (aside / "old").rename(target)
+            raise
         sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     else:

@@ -193,7 +193,7 @@ class RunDirectory:
                 f"{self.path} cannot go on: its directory 'checkpoints' is missing or empty, but it had saved."
                 " Restore it, or begin anew with --overwrite."
             )
-        self._cut_metrics(0)
+        self._cut_metrics(-1)  # killed before its first save: it begins again
         return None
 
     def _cut_metrics(self, step: int) -> None:

@@ -46,6 +46,10 @@ def test_links_twins_and_bombs(tmp_path: Path) -> None:
         list(zip_members(make(tmp_path / "twins.zip", {"a": b"1", "A": b"2"})))
     with pytest.raises(FormatError, match="expands from"):
         list(zip_members(make(tmp_path / "bomb.zip", {"a": bytes(20_000_000)})))
+    with zipfile.ZipFile(tmp_path / "lzma.zip", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("a", b"1")
+    with pytest.raises(FormatError, match="method 14"):
+        list(zip_members(tmp_path / "lzma.zip"))
     with pytest.raises(FormatError, match="unpacks to"):
         list(zip_members(make(tmp_path / "big.zip", {"a": bytes(2000)}), max_bytes=1000))
 

@@ -169,6 +169,12 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path / "run", identity=IDENTITY) as run:
         run.latest()
         assert run.metrics_path.read_text() == "".join(lines[:10])
+    begin(tmp_path / "early")
+    (tmp_path / "early" / "metrics.jsonl").write_text(
+        '{"event": "validation", "step": 0}\n{"event": "step", "step": 1}\n'
+    )
+    with RunDirectory.open(tmp_path / "early", identity=IDENTITY) as run:
+        assert run.resumes and run.latest() is None and run.metrics_path.read_text() == ""
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
