@@ -16,6 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlxlora import architecture, checkpoint_names, files, hub, mlxlm, weights
+from mlxlora.adapters.live import Adapters
 from mlxlora.errors import ModelError, Problem
 
 # copied beside the weights of every model that is written: all but weights and what is rewritten
@@ -47,6 +48,11 @@ class LanguageModel:
         """What tells this base model from any other, in 64 hex digits; see `weights.fingerprint`."""
         return fingerprint(self.path)
 
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters on this model, each with a name and a scale that can change at any time; see `Adapters`."""
+        return Adapters(self.network, lambda: self.fingerprint)
+
     @property
     def vocabulary(self) -> int:
         """How many token ids the network knows (its logits may be wider than the tokenizer's vocabulary)."""
@@ -74,8 +80,8 @@ def load(
     model = LanguageModel(network, load_tokenizer(path, trust_remote_code=trust_remote_code), config, path)
     if not lazy:
         mx.eval(network.parameters())
-    if adapter:
-        importlib.import_module("mlxlora.adapters.live").attach(model.network, adapter)
+    for spec in adapter:
+        model.adapters.add_spec(spec)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -11,9 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxlora.adapters import weights
+from mlxlora.adapters import full, weights
 from mlxlora.adapters.config import AdapterConfig
-from mlxlora.adapters.layer import AdapterLayer
+from mlxlora.adapters.dora import DoRAEmbedding, DoRALinear
+from mlxlora.adapters.layer import AdapterLayer, Wrapper
 from mlxlora.adapters.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlxlora.adapters.select import select
 from mlxlora.errors import ConfigError, UnsupportedError
@@ -26,6 +27,7 @@ LAYERS: dict[str, Layers] = {
         (weights.is_embedding, LoRAEmbedding),
         (weights.is_experts, LoRASwitchLinear),
     ],
+    "dora": [(weights.is_linear, DoRALinear), (weights.is_embedding, DoRAEmbedding)],
 }
 """Adapter type: which layer goes around which kind of module. A new type of adapter is one file and one entry here."""
 
@@ -48,12 +50,13 @@ class Injection:
     trainable: int
     total: int
     frozen_before: tuple[tuple[nn.Module, frozenset[str]], ...] = field(repr=False, compare=False, default=())
+    opened: tuple[full.Opened, ...] = field(repr=False, compare=False, default=())
 
 
 def inject(network: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injection:
-    """Freeze `network`, put adapters around the modules that `config` means, and leave only these trainable.
+    """Freeze `network`, adapt the modules that `config` means, and leave only these (their adapters) trainable.
 
-    The adapters start without effect. Their random start depends on `seed` and on the path of the module alone.
+    Adapters start without effect. Their random start depends on `seed` and on the path of the module alone.
     Raises ConfigError when the network carries adapters already or when a target means nothing in it.
     """
     refuse_injected(network)
@@ -61,17 +64,26 @@ def inject(network: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injec
     refuse_shared(network, selection.chosen)
     before = tuple((module, frozenset(module._no_grad)) for _, module in network.named_modules())
     total = count_weights(network)
-    network.freeze()
+    opened: list[full.Opened] = []
     try:
-        for path, module in selection.chosen.items():
-            layer = layer_type(config.type, module).wrap(module, config.layer(path), start_key(seed, path))
-            layer.unfreeze(recurse=False, keys=list(layer.learned))
-            set_module(network, path, layer)
+        if config.type == "full":
+            arrays = {path: full.trainable_arrays(module) for path, module in selection.chosen.items()}
+            network.freeze()
+            for path, own in arrays.items():
+                if own:
+                    opened.append(full.open_module(path, selection.chosen[path], own))
+        else:
+            network.freeze()
+            for path, module in selection.chosen.items():
+                layer = layer_type(config.type, module).wrap(module, config.layer(path), start_key(seed, path))
+                layer.unfreeze(recurse=False, keys=list(layer.learned))
+                set_module(network, path, layer)
     except BaseException:
-        _restore(network, before)
+        _restore(network, before, opened)
         raise
+    paths = tuple(o.path for o in opened) if config.type == "full" else tuple(selection.chosen)
     trainable = sum(array.size for _, array in _leaves(network.trainable_parameters()))
-    injection = Injection(config, tuple(selection.chosen), selection.left_out, trainable, total, before)
+    injection = Injection(config, paths, selection.left_out, trainable, total, before, tuple(opened))
     object.__setattr__(network, "_injection", injection)
     return injection
 
@@ -82,17 +94,23 @@ def injected(network: nn.Module) -> Injection | None:
 
 
 def remove(network: nn.Module) -> None:
-    """Take all adapters out: the same module objects as before stand in their places, trainable as before."""
+    """Take all adapters out: the same modules with the same arrays stand in their places, trainable as before."""
     injection = injected(network)
-    _restore(network, injection.frozen_before if injection else ())
+    _restore(network, injection.frozen_before if injection else (), injection.opened if injection else ())
     if injection:
         object.__delattr__(network, "_injection")
 
 
-def _restore(network: nn.Module, frozen: tuple[tuple[nn.Module, frozenset[str]], ...]) -> None:
+def _restore(
+    network: nn.Module,
+    frozen: Sequence[tuple[nn.Module, frozenset[str]]],
+    opened: Sequence[full.Opened],
+) -> None:
     for path, module in network.named_modules():
         if isinstance(module, AdapterLayer):
             set_module(network, path, module.base)
+    for one in opened:
+        full.close_module(one)
     for module, names in frozen:
         module._no_grad = set(names)
 
@@ -113,7 +131,7 @@ def start_key(seed: int, path: str) -> mx.array:
 
 def refuse_injected(network: nn.Module) -> None:
     """Raise ConfigError when the network carries adapters."""
-    carrying = next((path for path, m in network.named_modules() if isinstance(m, AdapterLayer)), None)
+    carrying = next((path for path, m in network.named_modules() if isinstance(m, Wrapper)), None)
     if injected(network) is not None or carrying is not None:
         raise ConfigError(f"The model carries adapters already ({carrying or 'full'}). Remove them first.")
 

@@ -14,11 +14,69 @@ from mlxlora.adapters.config import LayerConfig
 FORWARDED = frozenset({"bias", "biases", "scales", "global_scale", "group_size", "bits", "mode", "num_experts"})
 
 
-class AdapterLayer(nn.Module):
+class Wrapper(nn.Module):
+    """Something around a layer of the model. The layer is the very object that stood there, and is never written to."""
+
+    base_name: ClassVar[str] = "linear"
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self[self.base_name] = layer
+        self.train(layer.training)
+
+    @property
+    def base(self) -> nn.Module:
+        """The layer inside."""
+        layer: nn.Module = self[self.base_name]
+        return layer
+
+    @abstractmethod
+    def adapted(self) -> mx.array:
+        """The weight that one plain layer would need to do the same: float32, unpacked."""
+
+    @abstractmethod
+    def changes(self) -> bool:
+        """Whether there is any effect (a fresh adapter, and one of scale 0, have none)."""
+
+    @property
+    def input_dims(self) -> int:
+        """Width of the input (for an embedding: number of tokens)."""
+        shape = weights.shape(self.base)
+        return shape[0] if weights.is_embedding(self.base) else shape[-1]
+
+    @property
+    def output_dims(self) -> int:
+        """Width of the output."""
+        shape = weights.shape(self.base)
+        return shape[-1] if weights.is_embedding(self.base) else shape[-2]
+
+    def fuse(self, *, dequantize: bool = False, dtype: mx.Dtype | None = None) -> nn.Module:
+        """One plain layer that computes what base and adapter do together.
+
+        It keeps bias, dtype and quantization of the base (`dequantize` unpacks it; `dtype` is then the dtype of the
+        result, which not every quantization tells). The base itself comes back where nothing changes, so that not a
+        byte of it moves.
+        """
+        packed = weights.quantization(self.base)
+        if not self.changes():
+            unpack = packed is not None and dequantize
+            return weights.like(self.base, weights.dense(self.base), None, dtype) if unpack else self.base
+        return weights.like(self.base, self.adapted(), None if dequantize else packed, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        """Some models read the weight of a layer themselves: they get the adapted one, and the packing as it is."""
+        if name == "weight":
+            base = self.base
+            return base["weight"] if weights.quantization(base) else self.adapted().astype(base["weight"].dtype)
+        if name in FORWARDED:
+            return getattr(self.base, name)
+        return super().__getattr__(name)
+
+
+class AdapterLayer(Wrapper):
     """A layer of the model with something learned beside it.
 
-    The base layer is the very object that stood in the model; it is never written to. Adapter arrays are float32; the
-    forward pass runs in the dtype of the input.
+    Adapter arrays are float32; the forward pass runs in the dtype of the input.
 
     Attributes:
         rank:    rank of the factors
@@ -27,15 +85,13 @@ class AdapterLayer(nn.Module):
     """
 
     learned: ClassVar[tuple[str, ...]] = ("lora_a", "lora_b")
-    base_name: ClassVar[str] = "linear"
     rank: int
     scale: float
     dropout: float
     _dropout_key: mx.array | None
 
     def __init__(self, layer: nn.Module, config: LayerConfig) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self[self.base_name] = layer
+        super().__init__(layer)
         self.rank, self.scale, self.dropout = config.rank, config.scale, config.dropout
         self.set_dropout_key(None)
 
@@ -43,11 +99,10 @@ class AdapterLayer(nn.Module):
     def wrap(cls, layer: nn.Module, config: LayerConfig, key: mx.array | None = None) -> Self:
         """Put an adapter that changes nothing yet around `layer`; `key` is the randomness of its start.
 
-        `layer` itself stays as it is and is freed again by taking `.base`.
+        `layer` itself stays as it is and comes free again as `.base`.
         """
         wrapped = cls(layer, config)
         wrapped.start(mx.random.key(0) if key is None else key)
-        wrapped.train(layer.training)
         return wrapped
 
     @abstractmethod
@@ -55,41 +110,8 @@ class AdapterLayer(nn.Module):
         """Make the learned arrays such that the layer computes what its base does."""
 
     @abstractmethod
-    def adapted(self) -> mx.array:
-        """The weight that one plain layer would need to do the same: float32, unpacked."""
-
-    @abstractmethod
-    def changes(self) -> bool:
-        """Whether the adapter has any effect (a fresh one, and one of scale 0, have none)."""
-
-    @property
-    def base(self) -> nn.Module:
-        """The layer below the adapter."""
-        layer: nn.Module = self[self.base_name]
-        return layer
-
-    @property
-    def input_dims(self) -> int:
-        """Width of the input (for an embedding: number of tokens)."""
-        base = weights.shape(self.base)
-        return base[0] if weights.is_embedding(self.base) else base[-1]
-
-    @property
-    def output_dims(self) -> int:
-        """Width of the output."""
-        base = weights.shape(self.base)
-        return base[-1] if weights.is_embedding(self.base) else base[-2]
-
-    def fuse(self, *, dequantize: bool = False) -> nn.Module:
-        """One plain layer that computes what base and adapter do together.
-
-        It keeps dtype, bias and quantization of the base (`dequantize` unpacks it). The base itself comes back where
-        the adapter changes nothing, so that not a byte of it moves.
-        """
-        packed = weights.quantization(self.base)
-        if not self.changes():
-            return weights.like(self.base, weights.dense(self.base), None) if packed and dequantize else self.base
-        return weights.like(self.base, self.adapted(), None if dequantize else packed)
+    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
+        """What the adapter adds to `y`, the output of the base for `x`."""
 
     def set_dropout_key(self, key: mx.array | None) -> None:
         """The randomness of the next forward passes; None switches dropout off."""
@@ -102,21 +124,15 @@ class AdapterLayer(nn.Module):
         keep = mx.random.bernoulli(1 - self.dropout, x.shape, self._dropout_key)
         return mx.where(keep, x * (1 / (1 - self.dropout)), mx.zeros((), x.dtype))
 
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        """Some models read the weight of a layer themselves: they get the adapted one, and the packing as it is."""
-        if name == "weight":
-            base = self.base
-            return base["weight"] if weights.quantization(base) else self.adapted().astype(base["weight"].dtype)
-        if name in FORWARDED:
-            return getattr(self.base, name)
-        return super().__getattr__(name)
-
     def _extra_repr(self) -> str:
         return f"rank={self.rank}, scale={self.scale:g}, dropout={self.dropout:g}"
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The layer inside of whatever stands around it."""
+    while isinstance(module, Wrapper):
+        module = module.base
+    return module
 
 
 def kaiming(key: mx.array, shape: tuple[int, ...], width: int) -> mx.array:

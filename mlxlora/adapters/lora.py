@@ -51,7 +51,7 @@ class LoRALinear(LoRA):
     def product(self) -> mx.array:
         return self.lora_b.T @ self.lora_a.T
 
-    def effect(self, x: mx.array, y: mx.array) -> mx.array:
+    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
         """What the adapter adds to `y`, the output of the base for `x`."""
         z = self.drop(x) @ self.lora_a.astype(x.dtype)
         return ((self.scale * z) @ self.lora_b.astype(x.dtype)).astype(y.dtype)
@@ -74,11 +74,14 @@ class LoRASwitchLinear(LoRA):
     def product(self) -> mx.array:
         return self.lora_b @ self.lora_a
 
-    def effect(self, x: mx.array, y: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        """What the adapters of the chosen experts add to `y`."""
-        a = self.lora_a.astype(x.dtype).swapaxes(-1, -2)
-        b = self.lora_b.astype(x.dtype).swapaxes(-1, -2)
-        z = mx.gather_mm(self.drop(x), a, rhs_indices=indices, sorted_indices=sorted_indices)
+    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
+        """What the adapters of the chosen experts add to `y`; the arguments are those of the layer's call after `x`."""
+        indices, sorted_indices = arguments
+        # MLX's CPU backend gathers products in float32 alone
+        dtype = x.dtype if mx.default_device() == mx.gpu else mx.float32
+        a = self.lora_a.astype(dtype).swapaxes(-1, -2)
+        b = self.lora_b.astype(dtype).swapaxes(-1, -2)
+        z = mx.gather_mm(self.drop(x).astype(dtype), a, rhs_indices=indices, sorted_indices=sorted_indices)
         z = mx.gather_mm(self.scale * z, b, rhs_indices=indices, sorted_indices=sorted_indices)
         return z.astype(y.dtype)
 
@@ -104,12 +107,12 @@ class LoRAEmbedding(LoRA):
     def product(self) -> mx.array:
         return self.lora_a @ self.lora_b
 
-    def effect(self, tokens: mx.array, y: mx.array) -> mx.array:
-        """What the adapter adds to `y`, the embeddings of `tokens`."""
-        z = self.drop(self.lora_a[tokens].astype(y.dtype))
+    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
+        """What the adapter adds to `y`, the embeddings of the tokens `x`."""
+        z = self.drop(self.lora_a[x].astype(y.dtype))
         return (self.scale * z) @ self.lora_b.astype(y.dtype)
 
-    def effect_as_linear(self, x: mx.array, y: mx.array) -> mx.array:
+    def effect_as_linear(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
         """What the adapter adds to `y`, the scores of the tied head for `x`."""
         z = self.drop(x) @ self.lora_b.T.astype(x.dtype)
         return ((self.scale * z) @ self.lora_a.T.astype(x.dtype)).astype(y.dtype)

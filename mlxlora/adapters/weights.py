@@ -102,6 +102,24 @@ def dense(layer: nn.Module) -> mx.array:
     return mx.stack(each)
 
 
+def matmul(layer: nn.Module, x: mx.array) -> mx.array:
+    """x Wᵀ for a linear layer, plain or packed, without its bias."""
+    packed = quantization(layer)
+    weight: mx.array = layer["weight"]
+    if packed is None:
+        return x @ weight.T
+    return mx.quantized_matmul(
+        x,
+        weight,
+        scales=layer["scales"],
+        biases=layer.get("biases"),
+        transpose=True,
+        group_size=packed.group_size,
+        bits=packed.bits,
+        mode=packed.mode,
+    )
+
+
 def pack(weight: mx.array, packed: Quantization, kept: mx.Dtype) -> dict[str, mx.array]:
     """`weight`, scales and, where the mode has them, biases of a weight, rounded to nearest; scales in `kept`."""
     values, scales, *biases = mx.quantize(weight, packed.group_size, packed.bits, packed.mode)
@@ -111,12 +129,12 @@ def pack(weight: mx.array, packed: Quantization, kept: mx.Dtype) -> dict[str, mx
     return arrays
 
 
-def like(layer: nn.Module, weight: mx.array, packed: Quantization | None) -> nn.Module:
+def like(layer: nn.Module, weight: mx.array, packed: Quantization | None, kept: mx.Dtype | None = None) -> nn.Module:
     """A new layer that does what `layer` does with another weight (float32, unpacked), packed as `packed` says.
 
-    The bias and the dtype stay; nothing else of `layer` is shared.
+    The bias and the dtype (unless `kept` is another) stay; nothing else of `layer` is shared.
     """
-    kept = dtype(layer)
+    kept = kept or dtype(layer)
     arrays = pack(weight, packed, kept) if packed else {"weight": weight.astype(kept)}
     return assemble(layer, arrays, packed)
 
