@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +52,8 @@ def switch_types() -> tuple[type[Any], ...]:
 
 
 def _same_call(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    return any(isinstance(module, kind) and type(module).__call__ is kind.__call__ for kind in kinds)
+    call = inspect.unwrap(type(module).__call__)  # full fine-tuning and checkpointing put a wrapper around it
+    return any(isinstance(module, kind) and call is kind.__call__ for kind in kinds)
 
 
 def quantization(layer: nn.Module) -> Quantization | None:
