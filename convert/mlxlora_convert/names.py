@@ -56,7 +56,8 @@ class Family:
 
     renames:    the first rule that fits counts; a module that no rule fits has the same name on both sides
     experts:    where its experts are
-    parameters: modules that transformers holds as a bare parameter `weight` of another class than nn.Linear
+    parameters: modules that PEFT must reach by their parameter `weight`: either transformers holds them in a class of
+                its own, or PEFT takes their names for those of single experts and rewrites them on loading
     conv1d:     its projections are transformers' Conv1D, whose weight is stored [in, out]
     text:       transformers has no other modules than those that MLX has (no vision tower)
     head:       the output projection in transformers, for models that tie it to the embeddings and in MLX have none
@@ -85,8 +86,8 @@ def _moe(block: str = "mlp", **changes: Any) -> tuple[Experts, ...]:
 
 _PLAIN = Family()
 _SAME = (
-    "apertus", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite",
-    "helium", "internlm3", "llama", "ministral3", "mistral", "olmo", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3",
+    "apertus", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4",
+    "granite", "helium", "internlm3", "llama", "ministral3", "mistral", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3",
     "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _MOE = (
@@ -94,7 +95,16 @@ _MOE = (
     "qwen3_moe",
 )  # fmt: skip
 _GATE = ("model.layers.{i}.mlp.gate",)
+_DENSE = tuple(f"{{rest}}.{name}" for name in ("gate_proj", "up_proj", "down_proj"))
 _MIXTRAL_OLD = "model.layers.{i}.block_sparse_moe"
+_MIXTRAL_EXPERTS = (
+    Experts(
+        f"{_MIXTRAL_OLD}.switch_mlp",
+        "model.layers.{i}.mlp.experts",
+        f"{_MIXTRAL_OLD}.experts.{{e}}",
+        ("w1", "w3", "w2"),
+    ),
+)
 _VISION = Family(
     _inside("language_model", "model.language_model", "language_model.model", "model"),
     text=False,
@@ -102,29 +112,45 @@ _VISION = Family(
 
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(_SAME, _PLAIN),
-    **dict.fromkeys(("gemma3", "mistral3", "qwen2_vl"), _VISION),
+    **dict.fromkeys(("gemma3", "gemma4", "mistral3", "qwen2_vl"), _VISION),
     "gpt2": Family((Rename("model.{rest}", "transformer.{rest}"),), conv1d=True),
     "gptj": Family((Rename("model.{rest}", "transformer.{rest}"),)),
     "gpt_neox": Family(
         (
+            Rename("model.embed_out", "lm_head", ("embed_out",)),
             Rename("model.h.{i}.{rest}", "gpt_neox.layers.{i}.{rest}"),
             Rename("model.{rest}", "gpt_neox.{rest}"),
         ),
-        head="embed_out",
     ),
     "mixtral": Family(
         (Rename(f"{_MIXTRAL_OLD}.gate", _GATE[0], (f"{_MIXTRAL_OLD}.gate",)),),
-        (
-            Experts(
-                f"{_MIXTRAL_OLD}.switch_mlp",
-                "model.layers.{i}.mlp.experts",
-                f"{_MIXTRAL_OLD}.experts.{{e}}",
-                ("w1", "w3", "w2"),
-            ),
-        ),
+        _MIXTRAL_EXPERTS,
         _GATE,
     ),
-    **dict.fromkeys(_MOE, Family(experts=_moe(), parameters=_GATE)),
+    **dict.fromkeys(_MOE, Family(experts=_moe(), parameters=_GATE + _DENSE)),
+    "granitemoe": Family(
+        (Rename("model.layers.{i}.block_sparse_moe.router.layer", "model.layers.{i}.block_sparse_moe.router"),),
+        (Experts("model.layers.{i}.block_sparse_moe.switch_mlp", "model.layers.{i}.block_sparse_moe.experts"),),
+        ("model.layers.{i}.block_sparse_moe.router",),
+    ),
+    "phimoe": Family(
+        (Rename(f"{_MIXTRAL_OLD}.gate", "model.layers.{i}.mlp.router", (f"{_MIXTRAL_OLD}.gate",)),),
+        _MIXTRAL_EXPERTS,
+        ("model.layers.{i}.mlp.router",),
+    ),
+    "qwen3_5": Family(_inside("language_model", "model", "model.language_model"), text=False),
+    "qwen3_5_moe": Family(
+        _inside("language_model", "model", "model.language_model"),
+        (
+            Experts(
+                "language_model.model.layers.{i}.mlp.switch_mlp",
+                "model.layers.{i}.mlp.experts",
+                "model.layers.{i}.mlp.experts.{e}",
+            ),
+        ),
+        (*_GATE, *_DENSE),
+        text=False,
+    ),
     "gpt_oss": Family(
         experts=(Experts("model.layers.{i}.mlp.experts", "model.layers.{i}.mlp.experts", interleaved=True),),
         parameters=("model.layers.{i}.mlp.router",),

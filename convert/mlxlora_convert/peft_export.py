@@ -101,9 +101,7 @@ def to_peft(
             targets += _stacked_experts(holder, projections, places)
     if dropout and any(target.parameter for target in targets):
         dropout = 0.0
-        notes.append(
-            "Dropout is written as 0: PEFT has none for stacked experts. It matters for training on alone."
-        )
+        notes.append("Dropout is written as 0: PEFT has none for stacked experts. It matters for training on alone.")
     config = _config(targets, names, places, options, rslora=rslora, dropout=dropout)
     config["use_dora"] = any(part.magnitude is not None for part in adapter.values())
     tensors = {f"{PREFIX}{target.key}.{name}": array for target in targets for name, array in target.tensors.items()}
@@ -131,6 +129,11 @@ def _linear(hf: str, part: LowRank, names: Names) -> _Target:
     if part.magnitude is not None:
         tensors["lora_magnitude_vector"] = part.magnitude
     if names.is_parameter(hf):
+        if part.magnitude is not None:
+            raise UnsupportedError(
+                f"DoRA on {hf}: PEFT reaches this layer only as a bare parameter, on which it knows no DoRA. "
+                "Fuse the adapter into the model instead."
+            )
         return _Target(hf, f"{hf}.weight", tensors, part.rank, part.scale, parameter=True)
     return _Target(hf, hf, tensors, part.rank, part.scale)
 
