@@ -86,9 +86,9 @@ def _moe(block: str = "mlp", **changes: Any) -> tuple[Experts, ...]:
 
 _PLAIN = Family()
 _SAME = (
-    "apertus", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text", "glm", "glm4",
-    "granite", "helium", "internlm3", "llama", "ministral3", "mistral", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3",
-    "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "apertus", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text",
+    "glm", "glm4", "granite", "helium", "internlm3", "llama", "ministral3", "mistral", "olmo2", "olmo3", "phi",
+    "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 _MOE = (
     "deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "olmoe", "qwen2_moe",
