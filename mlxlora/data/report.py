@@ -1,0 +1,37 @@
+"""Problems found while data is read: collected as they come, raised once."""
+
+from __future__ import annotations
+
+from mlxlora.errors import SHOWN, DataError, Problem
+
+KEPT = 1000  # problems kept; beyond, they are only counted
+
+
+class Problems:
+    """What is wrong with the data, in the order in which it was found.
+
+    >>> problems = Problems()
+    >>> problems.add("train.jsonl", 3, "'messages' is empty", "Give at least one message.")
+    >>> problems.count
+    1
+    """
+
+    def __init__(self) -> None:
+        self.items: list[Problem] = []
+        self.count = 0
+
+    def add(self, name: str, line: int, what: str, advice: str = "") -> None:
+        """Note one problem at `name:line` (line 0: the file as a whole)."""
+        self.count += 1
+        if len(self.items) < KEPT:
+            self.items.append(Problem(f"{name}:{line}" if line else name, what, advice))
+
+    @property
+    def enough(self) -> bool:
+        """Whether more problems were found than one message shows: reading on would tell nothing new."""
+        return self.count > SHOWN
+
+    def raise_any(self, headline: str) -> None:
+        """Raise DataError when there is anything to raise it for."""
+        if self.items:
+            raise DataError.of(headline, self.items)
