@@ -52,9 +52,10 @@ class RunLock:
             except BaseException:
                 os.close(handle)
                 raise
-        os.ftruncate(handle, 0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
+        with contextlib.suppress(OSError):  # words for a person; the lock holds on a full disk, too
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
         return cls(path, handle, created)
 
     def keep_directory(self) -> None:

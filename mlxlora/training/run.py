@@ -60,6 +60,7 @@ class RunDirectory:
         self._resumes = stored is not None
         self._overwrites = False
         self._begun = stored is not None
+        self._saved = bool(stored and stored.get("saved"))
 
     @classmethod
     def open(cls, path: Path, *, identity: dict[str, Any], overwrite: bool = False) -> RunDirectory:
@@ -139,10 +140,14 @@ class RunDirectory:
                     (self.path / name).unlink(missing_ok=True)
             self._overwrites = False
         if not self._begun:
-            write_json(self.path / "run.json", {"format": 1, "identity": self._identity, "finished": False})
+            self._write_record()
             self._begun = True
             self._lock.keep_directory()
         write_whole(self.path / "config.yaml", text)
+
+    def _write_record(self, **more: Any) -> None:
+        record = {"format": 1, "identity": self._identity, "saved": self._saved, "finished": False}
+        write_json(self.path / "run.json", record | more)
 
     def require_space(self, state: TrainingState, *, keep: int, adapter_bytes: int | None = None) -> None:
         """Raise TrainingError when the disk has not the room for what a run with this state will save.
@@ -188,7 +193,7 @@ class RunDirectory:
                 " --overwrite.",
                 damaged,
             )
-        if self.adapter_path.exists():
+        if self._saved:
             raise RunError(
                 f"{self.path} cannot go on: its directory 'checkpoints' is missing or empty, but it had saved."
                 " Restore it, or begin anew with --overwrite."
@@ -237,6 +242,9 @@ class RunDirectory:
             raise TrainingError(f"{error} A save takes {needed}.{whole}") from error
         if self.metrics_path.exists():
             sync(self.metrics_path)
+        if not self._saved:
+            self._saved = True
+            self._write_record()
         self._prune(state.step, keep)
         return target
 
@@ -249,9 +257,7 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run finished: it is not trained on or overwritten by accident from now on."""
-        write_json(
-            self.path / "run.json", {"format": 1, "identity": self._identity, "finished": True, "summary": summary}
-        )
+        self._write_record(finished=True, summary=summary)
 
 
 def _read_stored(path: Path) -> dict[str, Any] | None:
