@@ -58,17 +58,19 @@ def attend(
     pattern: Pattern,
     sinks: mx.array | None = None,
     segments: mx.array | None = None,
+    result: mx.array | None = None,
 ) -> mx.array:
     """Attention of queries [B, H, T, d] over keys [B, K, T, d] and values [B, K, T, e]: [B, H, T, e].
 
     sinks:    [H], one more score in each softmax that takes probability and gives nothing
     segments: int [B, T]; tokens of different numbers do not see each other
+    result:   what this call gave in an earlier forward pass, to be taken instead of computed again
     """
 
     # integers have no gradient, so the segments are no argument of the function that has one
     @mx.custom_function
     def attention(queries: mx.array, keys: mx.array, values: mx.array, sinks: mx.array | None = None) -> mx.array:
-        return _forward(_Call(queries, keys, values, sinks, segments, scale, pattern))
+        return _forward(_Call(queries, keys, values, sinks, segments, scale, pattern)) if result is None else result
 
     @attention.vjp
     def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:

@@ -10,11 +10,13 @@ from mlx.utils import tree_unflatten
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
+from mlxlora.engine.blocks import Grade
+from mlxlora.engine.chain import Chain, NotAChain
 from mlxlora.engine.config import EngineConfig
 from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of
 from mlxlora.engine.packing import packing_refusal
-from mlxlora.engine.scores import Metrics, Objective
+from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.engine.slots import flat
 from mlxlora.errors import UnsupportedError
 
@@ -41,13 +43,8 @@ class Engine:
         self._steering = Steering(network)
         self._linear = self._attention_is_linear()
         self._packs: bool | None = None
-        self._general = General(
-            self._anatomy,
-            self._steering,
-            self.config.loss_chunk,
-            recompute=self.config.checkpoint_blocks != "none",
-            compiled=self.config.compile,
-        )
+        self._general: General | None = None
+        self._chain = self._verified_chain()
 
     def value_and_grad(
         self, objective: Objective, batch: Batch, key: mx.array | None = None
@@ -57,19 +54,49 @@ class Engine:
         The gradients form a tree like `network.trainable_parameters()`. `key` is the randomness of dropout; without one
         there is no dropout. Nothing is waited for: the arrays may still be on their way.
         """
-        outcome, slopes = self._general.run(objective, batch, self._layout(batch), key, gradients=True)
-        slots = self._general.slots
-        by_path = {slots.paths[index]: slope for index, slope in zip(slots.trainable, slopes, strict=True)}
-        return *outcome, self._tree(by_path)
+        outcome, grads = self._run(objective, batch, key, gradients=True)
+        return *outcome, tree_unflatten([(path, grads[path]) for path in flat(self.network.trainable_parameters())])
 
     def evaluate(self, objective: Objective, batch: Batch) -> tuple[mx.array, mx.array, Metrics]:
         """`(sum, count, metrics)` of `objective` for `batch`, without gradients and without dropout."""
-        outcome, _ = self._general.run(objective, batch, self._layout(batch), None, gradients=False)
-        return outcome
+        return self._run(objective, batch, None, gradients=False)[0]
+
+    def _run(
+        self, objective: Objective, batch: Batch, key: mx.array | None, gradients: bool
+    ) -> tuple[Outcome, dict[str, mx.array]]:
+        layout = self._layout(batch)
+        if self._chain is not None:
+            return self._chain.run(objective, batch, layout, key, gradients, self._grade())
+        return self._whole().run(objective, batch, layout, key, gradients)
+
+    def _whole(self) -> General:
+        if self._general is None:
+            recompute, compiled = self.config.checkpoint_blocks != "none", self.config.compile
+            self._general = General(self._anatomy, self._steering, self.config.loss_chunk, recompute, compiled)
+        return self._general
+
+    def _grade(self) -> Grade:
+        return "inputs" if self.config.checkpoint_blocks == "inputs" else "products"
+
+    def _verified_chain(self) -> Chain | None:
+        """The block-by-block way, if a small batch shows that it gives what the general way gives."""
+        if self._anatomy.backbone is None or self.config.checkpoint_blocks == "none":
+            return None
+        try:
+            chain = Chain(self._anatomy, self._steering, self.config.loss_chunk, compiled=False)
+            chain.verify(Layout(self._linear), self._grade())
+        except NotAChain as reason:
+            self.notes.append(f"the step is one graph, and only block inputs are kept: {reason}")
+            return None
+        chain.compiled = self.config.compile
+        return chain
 
     def close(self) -> None:
         """Let go of the network and of all that was compiled for it."""
-        self._general.close()
+        for way in (self._chain, self._general):
+            if way is not None:
+                way.close()
+        self._chain = self._general = None
 
     def _layout(self, batch: Batch) -> Layout:
         if batch.segments is not None and self._packs is None:
@@ -80,9 +107,6 @@ class Engine:
                 )
             self._packs = True
         return layout_of(batch.segments, linear=self._linear, chunk=self.config.attention_chunk)
-
-    def _tree(self, by_path: dict[str, mx.array]) -> Any:
-        return tree_unflatten([(path, by_path[path]) for path in flat(self.network.trainable_parameters())])
 
     def _attention_is_linear(self) -> bool:
         """Whether attention in linear memory gives the model's own hidden states; the reason goes to the notes if

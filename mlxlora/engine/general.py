@@ -95,26 +95,24 @@ class General:
         self._block_slots = [Slots(block) for block in anatomy.blocks]
         self._traced: dict[Any, Callable[..., Any]] = {}
 
-    @property
-    def slots(self) -> Slots:
-        """The arrays of the network, in the order of the gradients."""
-        return self._slots
-
     def close(self) -> None:
         """Forget what was compiled."""
         self._traced.clear()
 
     def run(
         self, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None, gradients: bool
-    ) -> tuple[Outcome, list[mx.array]]:
-        """The outcome, and the gradients of the trainable slots (none without `gradients`)."""
+    ) -> tuple[Outcome, dict[str, mx.array]]:
+        """The outcome, and the gradients by path (none without `gradients`)."""
         form = BatchForm(batch)
         layout = replace(layout, segments=None)
         kind = (objective, form.key, layout, key is None, gradients)
         if kind not in self._traced:
             step = self._step(objective, form, layout, gradients)
             self._traced[kind] = mx.compile(step) if self._compiled else step
-        return self._traced[kind](self._slots.get(), form.arrays(batch), *([] if key is None else [key]))  # type: ignore[no-any-return]
+        given = [] if key is None else [key]
+        outcome, grads = self._traced[kind](self._slots.get(), form.arrays(batch), *given)
+        paths = [self._slots.paths[index] for index in self._slots.trainable]
+        return outcome, dict(zip(paths, grads, strict=gradients))
 
     def _step(self, objective: Objective, form: BatchForm, layout: Layout, gradients: bool) -> Callable[..., Any]:
         def step(arrays: list[mx.array], inputs: list[mx.array], key: mx.array | None = None) -> Any:

@@ -24,6 +24,7 @@ import mlx.nn as nn
 from mlxlora import mlxlm
 from mlxlora.engine.attention import CausalMask, Pattern, attend
 from mlxlora.engine.hold import own_class, reads_global, rebound
+from mlxlora.engine.tape import current
 
 MASK, ATTENTION = "create_attention_mask", "scaled_dot_product_attention"
 
@@ -95,7 +96,12 @@ def scaled_dot_product_attention(
     if layout is None or queries.shape[2] != keys.shape[2]:
         raise ValueError("a mask of the engine was kept beyond its step")
     pattern = Pattern(mask.window, layout.lookback, chunk=layout.chunk)
-    return attend(queries, keys, values, scale=scale, pattern=pattern, sinks=sinks, segments=layout.segments)
+    tape = current()
+    result = tape.read() if tape is not None and tape.reading else None
+    out = attend(
+        queries, keys, values, scale=scale, pattern=pattern, sinks=sinks, segments=layout.segments, result=result
+    )
+    return tape.write(out) if tape is not None and not tape.reading else out
 
 
 OURS: dict[str, Callable[..., Any]] = {MASK: create_attention_mask, ATTENTION: scaled_dot_product_attention}

@@ -1,0 +1,225 @@
+"""One block at a time, forward and backward, as functions of its arrays.
+
+Blocks of equal structure share their functions: each is traced on the first block of its kind and given the arrays of
+the one that is to run, so compiling takes as long for forty blocks as for one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora.engine import tape
+from mlxlora.engine.arguments import put_together
+from mlxlora.engine.dropout import set_block_key
+from mlxlora.engine.hold import Hold, own_call
+from mlxlora.engine.masks import Layout, Steering
+from mlxlora.engine.slots import Slots
+from mlxlora.engine.structure import structure
+
+Grade = Literal["products", "inputs"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the backbone calls a block: its arguments without arrays (`form`), hashable as far as it goes.
+
+    The first array among the arguments is the hidden states; the others go by the name of sides.
+    """
+
+    form: Any
+
+    def key(self) -> Any:
+        """Equal for two calls that one trace serves."""
+        return _hashable(self.form)
+
+    def arguments(self, x: mx.array, sides: Sequence[mx.array]) -> Any:
+        """The `(args, kwargs)` for these arrays."""
+        return put_together([x, *sides], self.form)
+
+
+class Block:
+    """One block of the network, and where its arrays stand."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.slots = Slots(module)
+        self.learns = bool(self.slots.trainable)
+        self.structure = structure(module)
+
+
+class BlockFunctions:
+    """The functions of all blocks of one network, traced as they are needed."""
+
+    def __init__(self, steering: Steering, compiled: bool) -> None:
+        self._steering, self.compiled = steering, compiled
+        self._traced: dict[Any, Callable[..., Any]] = {}
+        self._needed: dict[Any, list[bool]] = {}
+        self._products: dict[int, tape.Products] = {}
+
+    def close(self) -> None:
+        """Forget what was traced."""
+        self._traced.clear()
+
+    def forward(
+        self,
+        block: Block,
+        call: Call,
+        layout: Layout,
+        grade: Grade,
+        x: mx.array,
+        sides: Sequence[mx.array],
+        key: mx.array | None,
+    ) -> tuple[mx.array, list[mx.array]]:
+        """The block's output for `x`, and what its backward pass wants kept besides `x` (nothing for "inputs")."""
+        kind = ("forward", grade, block.structure, call.key(), replace(layout, segments=None), key is None)
+        if kind not in self._traced:
+            self._traced[kind] = self._compile(self._forward(block, call, layout, grade))
+        function = self._traced[kind]
+        out: tuple[mx.array, list[mx.array]] = function(block.slots.get(), x, list(sides), *_given(layout, key))
+        return out
+
+    def backward(
+        self,
+        block: Block,
+        call: Call,
+        layout: Layout,
+        grade: Grade,
+        x: mx.array,
+        sides: Sequence[mx.array],
+        key: mx.array | None,
+        kept: Sequence[mx.array],
+        cotangent: mx.array,
+        further: bool,
+    ) -> tuple[list[mx.array], mx.array | None]:
+        """The gradients of the block's learned arrays, and, if one is wanted `further` down, of its input."""
+        kind = ("backward", grade, further, block.structure, call.key(), replace(layout, segments=None), key is None)
+        if kind not in self._traced:
+            self._traced[kind] = self._compile(self._backward(block, call, layout, grade, further))
+        function = self._traced[kind]
+        grads: list[mx.array] = function(block.slots.get(), x, list(sides), list(kept), cotangent, *_given(layout, key))
+        return (grads[:-1], grads[-1]) if further else (grads, None)
+
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return mx.compile(function) if self.compiled else function
+
+    def _forward(self, block: Block, call: Call, layout: Layout, grade: Grade) -> Callable[..., Any]:
+        wanted = self._wanted(block, call)
+
+        def forward(
+            arrays: list[mx.array], x: mx.array, sides: list[mx.array], segments: list[mx.array], key: list[mx.array]
+        ) -> tuple[mx.array, list[mx.array]]:
+            written = tape.Tape() if grade == "products" else None
+            with self._within(block, layout, segments, key), block.slots.holding(arrays), tape.on(written):
+                out = self._run(block, call, x, sides, held=written is not None)
+            if written is None:
+                return out, []
+            results = [result for result in written.results if result is not None]
+            return out, [result for index, result in enumerate(results) if not wanted or wanted[index]]
+
+        return forward
+
+    def _backward(self, block: Block, call: Call, layout: Layout, grade: Grade, further: bool) -> Callable[..., Any]:
+        wanted = self._wanted(block, call)
+
+        def backward(
+            arrays: list[mx.array],
+            x: mx.array,
+            sides: list[mx.array],
+            kept: list[mx.array],
+            cotangent: mx.array,
+            segments: list[mx.array],
+            key: list[mx.array],
+        ) -> list[mx.array]:
+            def again(*primals: mx.array) -> mx.array:
+                hidden, learned = (primals[-1], primals[:-1]) if further else (x, primals)
+                read = tape.Tape(_spread(kept, wanted)) if grade == "products" else None
+                slots = block.slots
+                with slots.holding(arrays), slots.holding(learned, slots.trainable), tape.on(read):
+                    return self._run(block, call, hidden, sides, held=read is not None)
+
+            primals = [arrays[index] for index in block.slots.trainable] + ([x] if further else [])
+            with self._within(block, layout, segments, key):  # the gradients of single products are traced in here, too
+                grads: list[mx.array] = mx.vjp(again, primals, [cotangent])[1]
+            return grads
+
+        return backward
+
+    def _run(self, block: Block, call: Call, x: mx.array, sides: Sequence[mx.array], held: bool) -> mx.array:
+        args, kwargs = call.arguments(x, sides)
+        with self._held(block) if held else Hold():
+            out: mx.array = own_call(block.module)(*args, **kwargs)
+        return out
+
+    @contextmanager
+    def _within(
+        self, block: Block, layout: Layout, segments: Sequence[mx.array], key: Sequence[mx.array]
+    ) -> Iterator[None]:
+        with self._steering.with_layout(replace(layout, segments=segments[0] if segments else None)):
+            set_block_key(block.module, key[0] if key else None)
+            try:
+                yield
+            finally:
+                set_block_key(block.module, None)
+
+    def _held(self, block: Block) -> Hold:
+        if id(block.module) not in self._products:
+            self._products[id(block.module)] = tape.Products(block.module)
+        return self._products[id(block.module)].holding()
+
+    def _wanted(self, block: Block, call: Call) -> list[bool]:
+        """Which results on the tape the backward pass reads; empty: all, nothing is known."""
+        return self._needed.get((block.structure, call.key()), [])
+
+    def learn_needs(self, block: Block, call: Call, layout: Layout, x: mx.array, sides: Sequence[mx.array]) -> None:
+        """Find out which products of such a block its backward pass never looks at (the last before a residual sum,
+        say).
+
+        Each in turn is replaced by "not a number"; if every gradient stays what it was to the bit, nobody read it.
+        """
+        name = (block.structure, call.key())
+        if name in self._needed:
+            return
+        eager = BlockFunctions(self._steering, compiled=False)
+        out, kept = eager.forward(block, call, layout, "products", x, sides, None)
+        slope = mx.random.normal(out.shape, key=mx.random.key(0)).astype(out.dtype)
+
+        def gradients(kept: list[mx.array]) -> list[mx.array]:
+            grads, last = eager.backward(block, call, layout, "products", x, sides, None, kept, slope, True)
+            return [*grads, *([] if last is None else [last])]
+
+        expected = gradients(kept)
+        needed = []
+        for index, result in enumerate(kept):
+            spoilt = [*kept[:index], mx.full(result.shape, mx.nan, result.dtype), *kept[index + 1 :]]
+            found = gradients(spoilt)
+            same = mx.array([mx.array_equal(a, b) for a, b in zip(found, expected, strict=True)]).all().item()
+            needed.append(not same)
+        self._needed[name] = needed
+
+
+def _given(layout: Layout, key: mx.array | None) -> tuple[list[mx.array], list[mx.array]]:
+    return ([] if layout.segments is None else [layout.segments]), ([] if key is None else [key])
+
+
+def _spread(kept: Sequence[mx.array], wanted: Sequence[bool]) -> list[mx.array | None]:
+    """The kept results in their places on the tape; None where nobody looks at the value."""
+    rest = iter(kept)
+    return [next(rest) if needed else None for needed in wanted] if wanted else list(kept)
+
+
+def _hashable(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_hashable(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((name, _hashable(item)) for name, item in value.items())
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return value

@@ -1,0 +1,333 @@
+"""The chain: prologue, block after block, head, and the blocks again from the last to the first.
+
+Only the inputs of the blocks (and, where that is asked, their matrix products) outlive the forward pass; the backward
+pass takes one block at a time and hands each of its results on before the next begins. Blocks below the first that
+learns are run and forgotten. The order is driven from here and not by one large graph, so the peak is what is kept
+and the insides of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+
+from mlxlora.data.sample import Batch
+from mlxlora.engine.anatomy import Anatomy, Reached, relative_error, tolerance
+from mlxlora.engine.arguments import BatchForm, take_apart
+from mlxlora.engine.blocks import Block, BlockFunctions, Call, Grade
+from mlxlora.engine.dropout import no_dropout_after, set_keys, split_key
+from mlxlora.engine.general import General, HeadView
+from mlxlora.engine.hold import Hold
+from mlxlora.engine.masks import Layout, Steering
+from mlxlora.engine.scores import Objective, Outcome, Scores
+from mlxlora.engine.slots import Slots
+
+
+class NotAChain(Exception):
+    """This model does more than hand one array from block to block; says what."""
+
+
+class Chain:
+    """Value and gradient of a step, block by block."""
+
+    def __init__(self, anatomy: Anatomy, steering: Steering, loss_chunk: int, compiled: bool) -> None:
+        self._anatomy, self._steering, self._compiled, self._loss_chunk = anatomy, steering, compiled, loss_chunk
+        self.blocks = [Block(module) for module in anatomy.blocks]
+        self.outside = Slots(anatomy.network, without=anatomy.blocks)
+        self._head = HeadView(anatomy, self.outside, loss_chunk)
+        self.functions = BlockFunctions(steering, compiled)
+        self._traced: dict[Any, Callable[..., Any]] = {}
+        self._calls: dict[Any, list[tuple[Call, list[int]]]] = {}
+        self.first = next((index for index, block in enumerate(self.blocks) if block.learns), len(self.blocks))
+
+    def close(self) -> None:
+        """Forget what was traced."""
+        self._traced.clear()
+        self.functions.close()
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the parts are compiled; setting it forgets what was traced."""
+        return self._compiled
+
+    @compiled.setter
+    def compiled(self, value: bool) -> None:
+        self.close()
+        self._compiled = self.functions.compiled = value
+
+    def verify(self, layout: Layout, grade: Grade) -> None:
+        """Compare with the general way on a small batch; raises NotAChain where this model needs that one."""
+        tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]]) % self._anatomy.vocabulary
+        places, ones = mx.array([2, 3, 6, 12]), mx.ones(4)
+        batch = Batch(tokens, places, tokens.flatten()[places + 1], ones)
+        try:
+            self.look(layout, tokens)
+            if grade == "products":
+                x, calls = self.start(tokens, layout, None)
+                for block, (call, sides) in zip(self.blocks, calls, strict=True):
+                    self.functions.learn_needs(block, call, layout, x, sides)
+            (found, *_), slopes = self.run(_surprise, batch, layout, None, True, grade)
+        except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
+            raise NotAChain(f"its blocks cannot be called one by one ({failure})") from failure
+        general = General(self._anatomy, self._steering, self._loss_chunk, recompute=False, compiled=False)
+        (expected, *_), wanted = general.run(_surprise, batch, layout, None, True)
+        limit = tolerance(self._anatomy.dtype)
+        largest = max((_largest(grad) for grad in wanted.values()), default=0.0)
+        errors = [relative_error(found, expected)]
+        for path, grad in wanted.items():
+            errors.append(_largest(slopes[path] - grad) / max(_largest(grad), 1e-2 * largest, 1e-30))
+        if not max(errors) <= limit:
+            raise NotAChain(f"block by block, its gradients differ by {max(errors):.1e}")
+
+    # ---- the parts -------------------------------------------------------------------------------------------------
+
+    def start(
+        self, tokens: mx.array, layout: Layout, key: mx.array | None
+    ) -> tuple[mx.array, list[tuple[Call, list[mx.array]]]]:
+        """What reaches the first block, and how each block is called: `(x, [(call, other arrays), …])`."""
+        kind = ("start", replace(layout, segments=None), key is None, layout.segments is None, tokens.shape)
+        if kind not in self._traced:
+            self._traced[kind] = self._compile(self._start(kind, layout))
+        x, sides = self._traced[kind](self.outside.get(), tokens, *_given(layout, key))
+        return x, [(call, [sides[index] for index in indices]) for call, indices in self._calls[kind]]
+
+    def _start(self, kind: Any, layout: Layout) -> Callable[..., Any]:
+        def start(
+            arrays: list[mx.array], tokens: mx.array, segments: list[mx.array], key: list[mx.array]
+        ) -> tuple[mx.array, list[mx.array]]:
+            with (
+                self._steering.with_layout(_over(layout, segments)),
+                self.outside.holding(arrays),
+                no_dropout_after(self._anatomy),
+            ):
+                set_keys(self._anatomy, key or None)
+                x, calls = self._prologue(tokens)
+            sides: list[mx.array] = []
+            places: list[tuple[Call, list[int]]] = []
+            for args, kwargs in calls:
+                found, form = take_apart((args, kwargs))
+                indices = []
+                for array in found[1:]:
+                    known = next((at for at, side in enumerate(sides) if side is array), None)
+                    if known is None:
+                        known = len(sides)
+                        sides.append(array)
+                    indices.append(known)
+                places.append((Call(form), indices))
+            self._calls[kind] = places
+            return x, sides
+
+        return start
+
+    def _prologue(self, tokens: mx.array) -> tuple[mx.array, list[tuple[Any, Any]]]:
+        """Run the network up to its last block with every block passing on what it is given."""
+        calls: list[tuple[Any, Any]] = []
+        hold = Hold()
+        first: list[mx.array] = []
+
+        def passing(index: int) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                found, _ = take_apart((args, kwargs))
+                if not found or index != len(calls) or (first and found[0] is not first[0]):
+                    raise NotAChain("its blocks do not hand one array from one to the next")
+                first[:] = found[:1]
+                calls.append((args, kwargs))
+                if len(calls) == len(self.blocks):
+                    raise Reached(None)
+                return found[0]
+
+            return call
+
+        for index, block in enumerate(self.blocks):
+            hold.on(block.module, passing(index))
+        try:
+            with hold:
+                self._anatomy.network(tokens)
+        except Reached:
+            return first[0], calls
+        raise NotAChain("not every block is called")
+
+    def _tail(self, tokens: mx.array, last: mx.array) -> mx.array:
+        """Run the network from its last block on: what its backbone makes of the last block's output."""
+        hold = Hold()
+        left = len(self.blocks)
+
+        def passing(*args: Any, **kwargs: Any) -> Any:
+            nonlocal left
+            left -= 1
+            return last if left == 0 else take_apart((args, kwargs))[0][0]
+
+        for block in self.blocks:
+            hold.on(block.module, passing)
+        with hold:
+            return self._anatomy.hidden(tokens)
+
+    def finish(
+        self, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None, last: mx.array, gradients: bool
+    ) -> tuple[Outcome, mx.array | None, list[mx.array]]:
+        """The objective from the last block's output: outcome, gradient of that output, gradients of what learns
+        outside."""
+        form = BatchForm(batch)
+        kind = ("finish", objective, form.key, replace(layout, segments=None), key is None, gradients)
+        if kind not in self._traced:
+            self._traced[kind] = self._compile(self._finish(objective, form, layout, gradients))
+        out = self._traced[kind](self.outside.get(), form.arrays(batch), last, *_given(layout, key))
+        return (out[0], None, []) if not gradients else (out[0], out[1], out[2])
+
+    def _finish(self, objective: Objective, form: BatchForm, layout: Layout, gradients: bool) -> Callable[..., Any]:
+        trainable = self.outside.trainable
+
+        def finish(
+            arrays: list[mx.array],
+            inputs: list[mx.array],
+            last: mx.array,
+            segments: list[mx.array],
+            key: list[mx.array],
+        ) -> Any:
+            batch = form.batch(inputs)
+
+            def total(last: mx.array, learned: list[mx.array]) -> tuple[mx.array, Any]:
+                with self.outside.holding(arrays), self.outside.holding(learned, trainable):
+                    states = self._tail(batch.tokens, last)
+                    rows = states.reshape(-1, states.shape[-1])[batch.loss_positions]
+                    scores = self._head.scores(rows, gradients, key[0] if key else None)
+                    sum_, count, metrics = objective(scores, batch)
+                return sum_, (count, metrics)
+
+            learned = [arrays[index] for index in trainable]
+            with self._steering.with_layout(_over(layout, segments)), no_dropout_after(self._anatomy):
+                set_keys(self._anatomy, key or None)
+                if not gradients:
+                    sum_, (count, metrics) = total(last, learned)
+                    return ((sum_, count, metrics),)
+                (sum_, (count, metrics)), slopes = mx.value_and_grad(total, argnums=(0, 1))(last, learned)
+            return (sum_, count, metrics), slopes[0], slopes[1]
+
+        return finish
+
+    def start_gradient(
+        self, tokens: mx.array, layout: Layout, key: mx.array | None, cotangent: mx.array
+    ) -> list[mx.array]:
+        """Gradients of what learns outside of the blocks by way of what reaches the first block."""
+        kind = ("start gradient", replace(layout, segments=None), key is None)
+        if kind not in self._traced:
+            self._traced[kind] = self._compile(self._start_gradient(layout))
+        out: list[mx.array] = self._traced[kind](self.outside.get(), tokens, cotangent, *_given(layout, key))
+        return out
+
+    def _start_gradient(self, layout: Layout) -> Callable[..., Any]:
+        trainable = self.outside.trainable
+
+        def start_gradient(
+            arrays: list[mx.array],
+            tokens: mx.array,
+            cotangent: mx.array,
+            segments: list[mx.array],
+            key: list[mx.array],
+        ) -> list[mx.array]:
+            def again(*learned: mx.array) -> mx.array:
+                with self.outside.holding(arrays), self.outside.holding(learned, trainable):
+                    return self._prologue(tokens)[0]
+
+            with self._steering.with_layout(_over(layout, segments)), no_dropout_after(self._anatomy):
+                set_keys(self._anatomy, key or None)
+                grads: list[mx.array] = mx.vjp(again, [arrays[index] for index in trainable], [cotangent])[1]
+            return grads
+
+        return start_gradient
+
+    # ---- the whole -------------------------------------------------------------------------------------------------
+
+    def run(
+        self, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None, gradients: bool, grade: Grade
+    ) -> tuple[Outcome, dict[str, mx.array]]:
+        """The outcome, and the gradients by path (none without `gradients`)."""
+        keys = None if key is None else split_key(key, len(self.blocks))
+        outer = None if keys is None else keys[-1]
+        x, calls = self.start(batch.tokens, layout, outer)
+        inputs: list[mx.array | None] = []
+        kept: list[list[mx.array]] = []
+        for index, (block, (call, sides)) in enumerate(zip(self.blocks, calls, strict=True)):
+            keeps = gradients and (index >= self.first or self._starts_learning)
+            inputs.append(x if keeps else None)
+            of_block = grade if keeps else "inputs"
+            x, products = self.functions.forward(
+                block, call, layout, of_block, x, sides, None if keys is None else keys[index]
+            )
+            kept.append(products)
+            mx.async_eval(x, *products)
+        outcome, slope, outer_grads = self.finish(objective, batch, layout, outer, x, gradients)
+        if slope is None:
+            return outcome, {}
+        mx.async_eval(outcome[0], outcome[1], slope, *outer_grads)
+        del x
+        grads: dict[str, mx.array] = {}
+        for index in reversed(range(self.first if not self._starts_learning else 0, len(self.blocks))):
+            block, (call, sides) = self.blocks[index], calls[index]
+            given = inputs.pop()
+            while given is None:
+                given = inputs.pop()
+            further = index > self.first or self._starts_learning
+            assert slope is not None
+            found, slope = self.functions.backward(
+                block, call, layout, grade, given, sides, None if keys is None else keys[index],
+                kept.pop(index), slope, further,
+            )  # fmt: skip
+            del given
+            mx.async_eval(found, *([] if slope is None else [slope]))
+            path = self._anatomy.paths[index]
+            for at, grad in zip(block.slots.trainable, found, strict=True):
+                grads[f"{path}.{block.slots.paths[at]}"] = grad
+        if self._starts_learning and slope is not None:
+            more = self.start_gradient(batch.tokens, layout, outer, slope)
+            outer_grads = [a + b for a, b in zip(outer_grads, more, strict=True)]
+        for at, grad in zip(self.outside.trainable, outer_grads, strict=True):
+            grads[self.outside.paths[at]] = grad
+        return outcome, grads
+
+    @property
+    def _starts_learning(self) -> bool:
+        """Whether something outside of the blocks learns that may reach the first block (an embedding, for one)."""
+        return bool(self._reaching)
+
+    _reaching: Sequence[int] = ()
+
+    def look(self, layout: Layout, tokens: mx.array) -> None:
+        """Find out which learned arrays reach the first block; raises NotAChain where the model is none."""
+        now = self.outside.get()
+        reaching = []
+        for index in self.outside.trainable:
+            with self.outside.holding([mx.full(now[index].shape, mx.nan, now[index].dtype)], [index]):
+                x, calls = self.start(tokens, layout, None)
+            if mx.any(mx.isnan(x)).item():
+                reaching.append(index)
+            if any(mx.any(mx.isnan(side)).item() for _, sides in calls for side in sides if _float(side)):
+                raise NotAChain("what learns outside of its blocks enters them from the side")
+        self._reaching = reaching
+
+    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return mx.compile(function) if self._compiled else function
+
+
+def _surprise(scores: Scores, batch: Batch) -> Outcome:
+    return -scores.token_log_probs(batch).sum(), batch.weights.sum(), {}
+
+
+def _largest(array: mx.array) -> float:
+    value: Any = mx.max(mx.abs(array.astype(mx.float32)))
+    return float(value.item())
+
+
+def _float(array: mx.array) -> bool:
+    return bool(mx.issubdtype(array.dtype, mx.floating))
+
+
+def _given(layout: Layout, key: mx.array | None) -> tuple[list[mx.array], list[mx.array]]:
+    return ([] if layout.segments is None else [layout.segments]), ([] if key is None else [key])
+
+
+def _over(layout: Layout, segments: Sequence[mx.array]) -> Layout:
+    return replace(layout, segments=segments[0] if segments else None)
