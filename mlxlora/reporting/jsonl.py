@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 from mlxlora.files import plain
 
@@ -23,23 +22,22 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class MetricsFile:
-    """Appends events to a file, each line flushed, so that a reader sees every whole line at once."""
+def append(path: Path, event: Event) -> None:
+    """Write one event as one whole line. Numbers that are not finite become null: JSON has no others."""
+    values = {key: finite(value) for key, value in record(event).items()}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(values, ensure_ascii=False) + "\n")
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
 
-    def __enter__(self) -> Self:
-        self.file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.file.close()
-
-    def __call__(self, event: Event) -> None:
-        """Write one event. Numbers that are not finite are written as null: JSON has no others."""
-        values = {key: finite(value) for key, value in record(event).items()}
-        self.file.write(json.dumps(values, ensure_ascii=False) + "\n")
-        self.file.flush()
+def read(path: Path) -> list[dict[str, Any]]:
+    """The events of a file; a last line that a kill cut short is left out. An absent file holds none."""
+    events = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(event, dict) and "event" in event:
+                events.append(event)
+    return events

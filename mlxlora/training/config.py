@@ -62,3 +62,10 @@ class TrainingConfig:
         demand(self.target_loss is None or self.target_loss > 0, "target_loss", "above 0")
         demand(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "above 0")
         demand(self.skip_nonfinite >= 0, "skip_nonfinite", "0 or more")
+
+    @property
+    def blocks(self) -> Literal["auto", "none", "products", "inputs"]:
+        """`checkpoint_blocks` with true and false spelled out."""
+        if isinstance(self.checkpoint_blocks, bool):
+            return "inputs" if self.checkpoint_blocks else "none"
+        return self.checkpoint_blocks
