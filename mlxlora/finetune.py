@@ -66,9 +66,8 @@ class FinetuneResult:
         }[self.reason]
         lines = [f"{why} at step {self.step:,}, epoch {self.epoch:.2f}"]
         if self.best_loss is not None and self.baseline_loss is not None:
-            lines.append(
-                f"validation loss {self.baseline_loss:.4f} before, {self.best_loss:.4f} at best (step {self.best_step:,})"
-            )
+            best = f"{self.best_loss:.4f} at best (step {self.best_step:,})"
+            lines.append(f"validation loss {self.baseline_loss:.4f} before, {best}")
         lines.append(f"adapter: {self.adapter}")
         if self.reason != "stopped":
             lines.append(f"try it:  mlxlora chat --model {self.model} --adapter {self.run}")
@@ -119,11 +118,12 @@ def finetune(
         "model": model, "data": data, "out": out, "samples": samples, "adapter": adapter, "optimizer": optimizer,
         "training": training, "revision": revision, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
-    identity = identify(path, tokenizer, splits, call, accept_changes or [])
+    identity = identify(path, tokenizer, splits, call)
+    accepted = check_accepted(accept_changes or [], identity)
 
     from mlxlora.training.run import RunDirectory
 
-    with RunDirectory.open(out, identity=identity, overwrite=overwrite) as run:
+    with RunDirectory.open(out, identity=identity, overwrite=overwrite, accept=accepted) as run:
         from mlxlora.model import load
 
         if on_progress:
@@ -185,7 +185,7 @@ def session(
         optimizer = Optimizer(call["optimizer"], count_steps(batches, training))
         state = run.latest()
         run.write_config(yaml.safe_dump(plain(call), sort_keys=False, allow_unicode=True))
-        notices += [*splits.notices, *engine.notices, *run.notices]
+        notices += [*splits.notices, *engine.notes, *run.notices]
         yield from train(
             model.network,
             engine,
@@ -245,29 +245,33 @@ class Feed:
         return [self.dataset.origin(index) for index in planned.samples]
 
 
-def identify(
-    path: Path, tokenizer: Tokenizer, splits: DataSplits, call: dict[str, Any], accepted: Sequence[str]
-) -> dict[str, Any]:
+def identify(path: Path, tokenizer: Tokenizer, splits: DataSplits, call: dict[str, Any]) -> dict[str, Any]:
     """What must not change while a run is unfinished: contents by their hashes, settings by their values."""
     from mlxlora.model import fingerprint
 
-    identity: dict[str, Any] = {
-        "model": fingerprint(path),
-        "tokenizer": tokenizer.fingerprint,
-        "data": splits.train.fingerprint,
-        "validation data": splits.valid.fingerprint if splits.valid is not None else None,
-    }
     settings = {
         f"{group}.{field.name}": plain(getattr(call[group], field.name))
         for group in ("samples", "adapter", "optimizer", "training")
         for field in fields(call[group])
     }
-    for name in accepted:
-        if name not in settings:
-            raise ConfigError(f"accept_changes: there is no setting '{name}'.{nearest(name, list(settings))}")
-        if not name.startswith("optimizer.") or name == "optimizer.name":
-            raise ConfigError(f"accept_changes: {name} cannot change within a run. Begin a new one.")
-    return identity | {name: value for name, value in settings.items() if name not in FREE and name not in accepted}
+    return {
+        "model": fingerprint(path),
+        "tokenizer": tokenizer.fingerprint,
+        "data": splits.train.fingerprint,
+        "validation data": splits.valid.fingerprint if splits.valid is not None else None,
+    } | {name: value for name, value in settings.items() if name not in FREE}
+
+
+def check_accepted(names: Sequence[str], identity: dict[str, Any]) -> list[str]:
+    """The settings that the caller lets differ: the optimizer's, but not which optimizer it is."""
+    allowed = [name for name in identity if name.startswith("optimizer.") and name != "optimizer.name"]
+    for name in names:
+        if name not in allowed:
+            raise ConfigError(
+                f"accept_changes: '{name}' is none of the settings that may change within a run."
+                f"{nearest(name, allowed)} They are: {', '.join(allowed)}."
+            )
+    return list(names)
 
 
 class Watch:

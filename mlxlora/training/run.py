@@ -18,7 +18,7 @@ import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -63,11 +63,14 @@ class RunDirectory:
         self._saved = bool(stored and stored.get("saved"))
 
     @classmethod
-    def open(cls, path: Path, *, identity: dict[str, Any], overwrite: bool = False) -> RunDirectory:
+    def open(
+        cls, path: Path, *, identity: dict[str, Any], overwrite: bool = False, accept: Collection[str] = ()
+    ) -> RunDirectory:
         """Take the run directory `path` for this process. Nothing in it changes before `write_config`.
 
         identity: field → JSON value or hash; what must not change when an unfinished run goes on
         overwrite: begin anew, whatever stands there; it is cleared by `write_config`, once all else has been checked
+        accept: fields that may differ all the same; the run keeps the identity that it was begun with
 
         Raises RunError when another process trains in it, it is finished, it is no run directory, or it was begun
         with another identity (each changed field is named, with the old and the new value).
@@ -85,7 +88,8 @@ class RunDirectory:
                 _refuse_foreign(path)
             elif not overwrite:
                 _refuse_finished(path, stored)
-                _refuse_changed(path, stored["identity"], identity)
+                _refuse_changed(path, stored["identity"], identity, accept)
+                run = cls(path, lock, stored["identity"], stored)
             return run
         except BaseException:
             lock.release()
@@ -287,12 +291,12 @@ def _refuse_finished(path: Path, stored: dict[str, Any]) -> None:
         raise RunError(f"{path} holds a finished run. Choose another --out, or add --overwrite to train it anew.")
 
 
-def _refuse_changed(path: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _refuse_changed(path: Path, old: dict[str, Any], new: dict[str, Any], accept: Collection[str]) -> None:
     absent = "(not set)"
     changed = [
         Problem(name, f"was {_short(old.get(name, absent))}, is now {_short(new.get(name, absent))}")
         for name in sorted({*old, *new})
-        if old.get(name, absent) != new.get(name, absent)
+        if old.get(name, absent) != new.get(name, absent) and name not in accept
     ]
     if changed:
         raise RunError.of(
