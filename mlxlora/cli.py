@@ -34,6 +34,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb("mlxlora.convert:convert", "make an MLX model of a Hugging Face model, and quantize it"),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
     "export": Verb("mlxlora_convert.export:export", "write an adapter or a model in another program's format"),
+    "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),
     "doctor": Verb("mlxlora.doctor:doctor", "look at this machine: versions, memory, speed, what is missing"),
     "import": Verb("mlxlora_convert.export:import_", "read an adapter or a model of another program", ("source",)),
 }

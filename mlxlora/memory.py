@@ -73,8 +73,8 @@ def limited(size: int) -> Iterator[None]:
             raise
         raise TrainingError(
             f"out of memory (limit {size / 1e9:.1f} GB). The last checkpoint is kept and the same command goes on from "
-            f"it. Take less at a time: --training.batch_size 1, --samples.max_length lower, --training.checkpoint_blocks "
-            f"inputs, or a base model in 4 bits; --training.accumulate makes up for smaller batches."
+            "it. Take less at once: --training.batch_size 1, --samples.max_length lower, --training.checkpoint_blocks "
+            "inputs, or a base model in 4 bits; --training.accumulate makes up for smaller batches."
         ) from error
     finally:
         mx.set_memory_limit(memory)

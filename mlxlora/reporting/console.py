@@ -87,7 +87,7 @@ class Console:
                 self.say(f"step {event.step:,}  validation loss {event.loss:.4f}{'  (best)' if event.best else ''}")
             case events.Notice():
                 self.say(f"note: {event.message}")
-            case events.Checkpoint():
+            case events.Checkpoint() | events.Data() | events.Samples():
                 pass
             case events.Finished():
                 best = f", best validation loss {event.best_loss:.4f}" if event.best_loss is not None else ""

@@ -13,6 +13,31 @@ from typing import Literal, TypeAlias
 
 
 @dataclass(frozen=True, slots=True)
+class Data:
+    """What the run learns from."""
+
+    step: int
+    samples: int
+    validation_samples: int
+    tokens: int
+    trained_tokens: int
+    shortest: int
+    longest: int
+    histogram_edges: list[int]
+    """lengths at which the bars begin"""
+    histogram_counts: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """What the model answers to the same held-out prompts, now."""
+
+    step: int
+    prompts: list[str]
+    answers: list[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The run is prepared and the first step comes next."""
 
@@ -106,7 +131,7 @@ class Finished:
     peak_memory: int
 
 
-Event: TypeAlias = Started | Step | Validation | Checkpoint | Notice | Finished
+Event: TypeAlias = Data | Samples | Started | Step | Validation | Checkpoint | Notice | Finished
 
 
 class Control:

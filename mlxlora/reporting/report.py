@@ -1,0 +1,286 @@
+"""The report of one or several runs: one HTML file that opens offline, in light and dark, on a phone too.
+
+The charts are drawn by uPlot (MIT), which travels inside the file. Nothing is loaded from anywhere: the page's own
+content security policy forbids it.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from mlxlora.errors import RunError
+from mlxlora.files import human_bytes, read_json, read_yaml, write_whole
+from mlxlora.reporting.console import clock
+from mlxlora.reporting.jsonl import read
+
+POINTS = 2000  # of one curve; longer ones are thinned out evenly
+SMOOTHING = 0.2  # weight of the newest loss in the smoothed curve
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """Where the report is."""
+
+    report: Path
+    runs: list[Path]
+
+    def __str__(self) -> str:
+        return f"wrote {self.report}. Open it in a browser."
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, read."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    identity: dict[str, Any]
+    events: list[dict[str, Any]]
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind."""
+        return [event for event in self.events if event["event"] == kind]
+
+    def last(self, kind: str) -> dict[str, Any]:
+        """The last event of one kind, or nothing."""
+        return next(reversed(self.of(kind)), {})
+
+
+def report(runs: list[Path], *, out: Path | None = None) -> ReportResult:
+    """Write the report of a run, or of several side by side.
+
+    Args:
+        runs: run directories
+        out: the HTML file; default RUN/report.html for one run, report.html for several
+
+    Raises RunError for a directory that holds no run.
+    """
+    found = [read_run(Path(path)) for path in runs]
+    place = out or (found[0].path / "report.html" if len(found) == 1 else Path("report.html"))
+    write_whole(place, page(found))
+    return ReportResult(place, [run.path for run in found])
+
+
+def read_run(path: Path) -> Run:
+    """Everything that the report tells of one run."""
+    missing = [name for name in ("config.yaml", "run.json", "metrics.jsonl") if not (path / name).is_file()]
+    if missing:
+        raise RunError(f"{path} is no run directory: it has no {' and no '.join(missing)}.")
+    config = read_yaml(path / "config.yaml")
+    return Run(
+        name=path.name,
+        path=path,
+        config=config if isinstance(config, dict) else {},
+        identity=read_json(path / "run.json")["identity"],
+        events=read(path / "metrics.jsonl"),
+    )
+
+
+def page(runs: Sequence[Run]) -> str:
+    """The HTML of the report."""
+    import jinja2
+    from markupsafe import Markup
+
+    assets = resources.files("mlxlora.reporting") / "assets"
+    charts = [chart for make in CHARTS if (chart := make(runs))]
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
+    script = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
+    return environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8")).render(
+        title=" · ".join(run.name for run in runs),
+        subtitle=subtitle(runs),
+        runs=[describe(run) for run in runs],
+        charts=charts,
+        charts_json=Markup(script),
+        facts=rows([facts(run) for run in runs]),
+        settings=settings(runs),
+        uplot_css=Markup((assets / "uplot.min.css").read_text(encoding="utf-8")),
+        uplot_js=Markup((assets / "uplot.min.js").read_text(encoding="utf-8")),
+    )
+
+
+def subtitle(runs: Sequence[Run]) -> str:
+    models = sorted({str(run.config.get("model", "?")) for run in runs})
+    return f"fine-tuned with mlxlora on {', '.join(models)}"
+
+
+def describe(run: Run) -> dict[str, Any]:
+    """What the page shows of one run outside the charts and the tables."""
+    samples = run.of("samples")
+    first, last = (samples[0], samples[-1]) if samples else ({}, {})
+    before = dict(zip(first.get("prompts", []), first.get("answers", []), strict=False))
+    command = shlex.join(
+        ["mlxlora", "chat", "--model", str(run.config.get("model", "MODEL")), "--adapter", str(run.path)]
+    )
+    return {
+        "name": run.name,
+        "cards": cards(run),
+        "notices": [event["message"] for event in run.of("notice")],
+        "samples_step": last.get("step"),
+        "samples": [
+            {"prompt": prompt, "before": before.get(prompt, ""), "after": answer}
+            for prompt, answer in zip(last.get("prompts", []), last.get("answers", []), strict=False)
+        ],
+        "commands": f"{command}\n{command.replace(' chat ', ' fuse ', 1)} --out {shlex.quote(run.name + '-fused')}",
+    }
+
+
+def cards(run: Run) -> list[dict[str, str]]:
+    step, finished = run.last("step"), run.last("finished")
+    validations = run.of("validation")
+    made = []
+    if validations:
+        best = min((event["loss"] for event in validations[1:] if event["loss"] is not None), default=None)
+        if validations[0]["step"] == 0 and validations[0]["loss"] is not None:
+            made.append(("validation loss before", f"{validations[0]['loss']:.4f}"))
+        if best is not None:
+            made.append(("validation loss, best", f"{best:.4f}"))
+    elif step and step["loss"] is not None:
+        made.append(("training loss, last", f"{step['loss']:.4f}"))
+    if step:
+        made += [
+            ("steps", f"{step['step']:,} of {step['steps']:,}"),
+            ("epochs", f"{step['epoch']:.2f}"),
+            ("tokens learned", f"{step['tokens']:,}"),
+            ("time", clock(step["elapsed"])),
+            ("peak memory", human_bytes(max(event["peak_memory"] for event in run.of("step")))),
+        ]
+    made.append(("state", str(finished.get("reason", "running or interrupted"))))
+    return [{"label": label, "value": value} for label, value in made]
+
+
+# ---- charts -----------------------------------------------------------------------------------------------------
+
+
+def thinned(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    if len(points) <= POINTS:
+        return points
+    return [points[round(index * (len(points) - 1) / (POINTS - 1))] for index in range(POINTS)]
+
+
+def chart(title: str, curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]], **options: Any) -> dict[str, Any]:
+    """A chart of curves over their common x: uPlot wants one x array and gaps as null. Nothing to draw: no chart."""
+    curves = [(look, thinned(points)) for look, points in curves if any(value is not None for _, value in points)]
+    if not curves:
+        return {}
+    xs = sorted({x for _, points in curves for x, _ in points})
+    data: list[list[Any]] = [list(xs)]
+    for _, points in curves:
+        by_x = dict(points)
+        data.append([by_x.get(x) for x in xs])
+    series = [{"color": 0, **look} for look, _ in curves]
+    return {"title": title, "x_label": "step", "wide": False, "log": False, "zero": False} | options | {
+        "series": series, "data": data,
+    }  # fmt: skip
+
+
+def smooth(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """An exponential moving average that starts at the first value and passes over gaps."""
+    level, result = None, []
+    for x, value in points:
+        if value is not None:
+            level = value if level is None else (1 - SMOOTHING) * level + SMOOTHING * value
+        result.append((x, level))
+    return result
+
+
+def losses(runs: Sequence[Run]) -> dict[str, Any]:
+    curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]] = []
+    for number, run in enumerate(runs):
+        many = len(runs) > 1
+        name = f"{run.name} " if many else ""
+        raw = [(event["step"], event["loss"]) for event in run.of("step")]
+        if not many:
+            curves.append(({"label": "each step", "color": 0, "faint": True}, raw))
+        curves.append(({"label": f"{name}training, smoothed", "color": 2 * number}, smooth(raw)))
+        held_out = [(event["step"], event["loss"]) for event in run.of("validation")]
+        dashed = {"label": f"{name}validation", "color": 2 * number + 1, "dashed": many, "points": True}
+        curves.append((dashed, held_out))
+        after = [point for point in held_out if point[0] > 0 and point[1] is not None]
+        if after:
+            best = min(after, key=lambda point: point[1])
+            curves.append(({"label": f"{name}best", "color": 4, "points": True}, [best]))
+    return chart("Loss (nats per token)", curves, wide=True)
+
+
+def of_steps(title: str, field: str, **options: Any) -> Callable[[Sequence[Run]], dict[str, Any]]:
+    """A chart of one field of the step events."""
+
+    def make(runs: Sequence[Run]) -> dict[str, Any]:
+        curves = [
+            ({"label": run.name, "color": number}, [(event["step"], event[field]) for event in run.of("step")])
+            for number, run in enumerate(runs)
+        ]
+        scale = options.get("divide", 1)
+        scaled = [
+            (look, [(x, None if value is None else value / scale) for x, value in points]) for look, points in curves
+        ]
+        return chart(title, scaled, **{key: value for key, value in options.items() if key != "divide"})
+
+    return make
+
+
+def lengths(runs: Sequence[Run]) -> dict[str, Any]:
+    curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]] = []
+    width = 0.0
+    for number, run in enumerate(runs):
+        if data := run.last("data"):
+            edges = data["histogram_edges"]
+            width = edges[1] - edges[0] if len(edges) > 1 else 1
+            points = [(edge + width / 2, count) for edge, count in zip(edges, data["histogram_counts"], strict=False)]
+            curves.append(({"label": run.name, "color": number, "bars": True}, points))
+    return chart("Samples by length in tokens", curves, x_label="tokens", zero=True, bar_width=width)
+
+
+CHARTS: list[Callable[[Sequence[Run]], dict[str, Any]]] = [
+    losses,
+    of_steps("Learning rate", "learning_rate", zero=True),
+    of_steps("Gradient norm, before clipping", "grad_norm", log=True),
+    of_steps("Throughput (trained tokens per second)", "tokens_per_second", zero=True),
+    of_steps("Peak memory (GB)", "peak_memory", zero=True, divide=1e9),
+    lengths,
+]
+
+
+# ---- tables -----------------------------------------------------------------------------------------------------
+
+
+def facts(run: Run) -> dict[str, Any]:
+    data, started = run.last("data"), run.last("started")
+    found: dict[str, Any] = {"model": run.config.get("model"), "data": ", ".join(run.config.get("data") or [])}
+    if data:
+        found |= {
+            "samples": f"{data['samples']:,} to learn from, {data['validation_samples']:,} for validation",
+            "tokens": f"{data['tokens']:,}, of which {data['trained_tokens']:,} are learned",
+            "shortest and longest sample": f"{data['shortest']:,} and {data['longest']:,} tokens",
+        }
+    if started:
+        share = 100 * started["trainable_parameters"] / max(started["total_parameters"], 1)
+        found["parameters"] = f"{started['trainable_parameters']:,} of {started['total_parameters']:,} ({share:.2f} %)"
+    for name in ("model", "tokenizer", "data", "validation data"):
+        if run.identity.get(name):
+            found[f"fingerprint of the {name}"] = str(run.identity[name])[:16]
+    return found
+
+
+def rows(tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    names = list(dict.fromkeys(name for table in tables for name in table))
+    return [{"name": name, "cells": [table.get(name, "") for table in tables]} for name in names]
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {key: value for name, part in tree.items() for key, value in flat(part, f"{prefix}{name}.").items()}
+    return {prefix[:-1]: "default" if tree is None else tree}
+
+
+def settings(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """All settings of one run; of several, those that are not the same everywhere."""
+    table = rows([flat(run.config) for run in runs])
+    return table if len(runs) == 1 else [row for row in table if len({str(cell) for cell in row["cells"]}) > 1]
