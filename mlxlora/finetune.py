@@ -13,7 +13,7 @@ from mlxlora.data.config import BatchConfig, SamplesConfig
 from mlxlora.errors import ConfigError, nearest
 from mlxlora.files import plain
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.events import Checkpoint, Control, Event, Finished, Notice, Reason, Validation
+from mlxlora.training.events import Checkpoint, Control, Data, Event, Finished, Notice, Reason, Validation
 from mlxlora.training.optimizer import OptimizerConfig
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def load_data(
     """Everything is read, tokenised and checked here, before the model is loaded."""
     from mlxlora.data import load
 
-    return load(list(data), tokenizer, samples, seed=training.seed, on_progress=on_progress)
+    return load(data[0] if len(data) == 1 else data, tokenizer, samples, seed=training.seed, on_progress=on_progress)
 
 
 def session(
@@ -161,8 +161,7 @@ def session(
     """One session of a run on a loaded model: inject, train, and leave the model as it was."""
     import yaml
 
-    from mlxlora.adapters import files as adapter_files
-    from mlxlora.adapters import inject, remove
+    from mlxlora.adapters import collect, inject, remove, write_adapter
     from mlxlora.engine.config import EngineConfig
     from mlxlora.engine.engine import Engine
     from mlxlora.objectives.sft import sft
@@ -185,7 +184,8 @@ def session(
         optimizer = Optimizer(call["optimizer"], count_steps(batches, training))
         state = run.latest()
         run.write_config(yaml.safe_dump(plain(call), sort_keys=False, allow_unicode=True))
-        notices += [*splits.notices, *engine.notes, *run.notices]
+        notices += [*left_out(splits), *engine.notes, *run.notices]
+        yield describe(splits)
         yield from train(
             model.network,
             engine,
@@ -195,13 +195,51 @@ def session(
             training,
             validation=held_out,
             store=run,
-            adapter_writer=lambda path: adapter_files.write_adapter(path, adapter_files.from_model(model)),
+            adapter_writer=lambda path: write_adapter(
+                path, collect(model.network, base=model.fingerprint, base_name=Path(call["model"]).name)
+            ),
             state=state,
             control=control,
         )
     finally:
         engine.close()
         remove(model.network)
+
+
+def describe(splits: DataSplits) -> Data:
+    """Counts and a histogram of the samples to learn from."""
+    import numpy as np
+
+    train = splits.train
+    counts, edges = np.histogram(train.lengths, bins=min(30, int(train.lengths.max())), range=(0, train.lengths.max()))
+    return Data(
+        step=0,
+        samples=len(train),
+        validation_samples=len(splits.valid) if splits.valid is not None else 0,
+        tokens=int(train.lengths.sum()),
+        trained_tokens=int(train.trained.sum()),
+        shortest=int(train.lengths.min()),
+        longest=int(train.lengths.max()),
+        histogram_edges=[round(edge) for edge in edges[:-1]],
+        histogram_counts=counts.tolist(),
+    )
+
+
+def left_out(splits: DataSplits) -> list[str]:
+    """What a person should know of the rows that are not learned as they stand, one line a split and reason."""
+    lines = []
+    for name, counts in splits.counts.items():
+        for number, what in (
+            (counts.truncated, "cut to samples.max_length"),
+            (counts.dropped, "left out: longer than samples.max_length"),
+            (counts.unlocated, "left out: the answer could not be located in the chat template's text"),
+            (counts.untrained, "left out: nothing in them is learned"),
+            (counts.unended, "learned without a token that ends the turn"),
+            (counts.dropped_thinking, "turns whose reasoning the chat template leaves out"),
+        ):
+            if number:
+                lines.append(f"{name}: {number:,} of {counts.rows:,} rows {what}")
+    return lines
 
 
 class Feed:

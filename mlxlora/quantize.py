@@ -22,7 +22,7 @@ GROUP_SIZES: dict[str, tuple[int, ...]] = {"affine": (64, 32, 128), "mxfp4": (32
 MODE_BITS: dict[str, int] = {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class QuantizeConfig:
     """How to quantize a model; with neither bits, mode nor recipe given, it is not quantized.
 

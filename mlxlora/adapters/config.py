@@ -38,7 +38,7 @@ class LayerConfig:
     dropout: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class AdapterConfig:
     """Which modules learn, and how.
 

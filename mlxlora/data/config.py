@@ -14,7 +14,7 @@ Thinking = Literal["keep", "mask", "strip"]
 TooLong = Literal["drop", "truncate", "split"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SamplesConfig:
     """How rows become samples."""
 
@@ -104,7 +104,7 @@ KEYS = (
 """The keys of rows that `columns` can map."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BatchConfig:
     """How samples become batches."""
 

@@ -11,7 +11,7 @@ CheckpointBlocks = Literal["auto", "none", "products", "inputs"]
 Attention = Literal["auto", "linear", "plain"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class EngineConfig:
     """How the step computes. No setting changes what is computed, only its speed and its memory.
 

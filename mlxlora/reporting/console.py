@@ -7,6 +7,8 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from mlxlora.files import human_bytes
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -96,7 +98,7 @@ class Console:
     def step(self, event: events.Step) -> None:
         note = (
             f"epoch {event.epoch:.2f}  loss {event.loss:.4f}  lr {event.learning_rate:.2e}  "
-            f"{event.tokens_per_second:,.0f} tok/s  peak {event.peak_memory / 1e9:.2f} GB"
+            f"{event.tokens_per_second:,.0f} tok/s  peak {human_bytes(event.peak_memory)}"
         )
         if event.best_loss is not None:
             note += f"  best {event.best_loss:.4f}"

@@ -20,6 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlxlora.adapters.inject import count_weights
 from mlxlora.data.sample import Batch
 from mlxlora.errors import TrainingError
 from mlxlora.training.checkpoint import TrainingState
@@ -97,20 +98,6 @@ def key_for(seed: int, step: int, micro: int) -> mx.array:
     """The dropout key of one micro-batch."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro}".encode()).digest()
     return mx.random.key(int.from_bytes(digest[:8], "little"))
-
-
-def count_parameters(network: nn.Module) -> int:
-    """All parameters of a network; packed quantized weights count as what they stand for."""
-    total = 0
-    for _, module in network.named_modules():
-        own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
-        bits = getattr(module, "bits", None)
-        for name, value in own.items():
-            if bits and name == "weight" and value.dtype == mx.uint32:
-                total += value.size * 32 // bits
-            elif not (bits and name in ("scales", "biases")):
-                total += value.size
-    return total
 
 
 def number(scalar: mx.array) -> float:
@@ -191,7 +178,7 @@ class Trainer:
             epochs=self.epochs_of(self.optimizer.steps),
             samples=self.batches.samples,
             trainable_parameters=sum(value.size for value in self.parameters.values()),
-            total_parameters=count_parameters(self.network),
+            total_parameters=count_weights(self.network),
         )
         if self.step == 0:
             yield from self.validate(first=True)
@@ -233,7 +220,8 @@ class Trainer:
     def one_step(self) -> None:
         """Send one update to the device."""
         size = self.config.accumulate
-        group = list(self.plan[self.position * size : (self.position + 1) * size])
+        first = self.position * size
+        group = [self.plan[place] for place in range(first, min(first + size, len(self.plan)))]
         total: Flat = {}
         sums, counts, samples = mx.array(0.0), mx.array(0.0), 0
         for micro, planned in enumerate(group):

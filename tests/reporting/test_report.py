@@ -34,7 +34,8 @@ def make_run(path: Path, steps: int = 60, offset: float = 0.0, rank: int = 8) ->
         loss = 3 * math.exp(-step / 20) + 0.5 + offset + 0.1 * math.sin(step * 7)
         events.append({
             "event": "step", "step": step, "steps": steps, "epoch": 2 * step / steps,
-            "loss": None if step == 9 else loss, "learning_rate": 2e-4 * (1 - step / steps), "grad_norm": 1.0 / step, "tokens": step * 1_000,
+            "loss": None if step == 9 else loss,
+            "learning_rate": 2e-4 * (1 - step / steps), "grad_norm": 1.0 / step, "tokens": step * 1_000,
             "tokens_per_second": 900 + step, "processed_per_second": 2_000, "samples": step * 8, "memory": 10**9,
             "peak_memory": 2 * 10**9 + step * 10**6, "elapsed": step * 0.5, "remaining": 1.0, "best_loss": None,
             "applied": step != 9,

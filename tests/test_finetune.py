@@ -1,0 +1,180 @@
+"""The pipeline from files to an adapter, on a tiny model: what a user does, and what stands in the run directory."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+import yaml
+
+from mlxlora import cli
+from mlxlora.adapters import AdapterConfig
+from mlxlora.data import SamplesConfig
+from mlxlora.errors import ConfigError, DataError, RunError
+from mlxlora.finetune import FinetuneResult, finetune
+from mlxlora.training.config import TrainingConfig
+from mlxlora.training.events import Control, Event, Step, Validation
+from mlxlora.training.optimizer import OptimizerConfig
+from tests import tiny
+
+
+def write_rows(path: Path, count: int, seed: int = 0) -> Path:
+    source = random.Random(seed)
+    with path.open("w") as file:
+        for _ in range(count):
+            a, b = source.randrange(50), source.randrange(50)
+            question = f"What is {a} and {b}? " + "well " * source.randrange(20)
+            turns = [{"role": "user", "content": question}, {"role": "assistant", "content": f"It is {a + b}."}]
+            file.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("finetune")
+    tiny.model_directory(place / "model", "llama")
+    write_rows(place / "rows.jsonl", 40)
+    return place
+
+
+OPTIONS: dict[str, Any] = {
+    "samples": SamplesConfig(validation_split=0.2),
+    "adapter": AdapterConfig(rank=4, dropout=0.1),
+    "optimizer": OptimizerConfig(learning_rate=5e-3),
+    "training": TrainingConfig(steps=12, save_every=5, validate_every=6, batch_size=4, accumulate=2),
+}
+
+
+def train(place: Path, out: Path, **changes: Any) -> FinetuneResult:
+    return finetune(str(place / "model"), [str(place / "rows.jsonl")], out, **(OPTIONS | changes))
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path) -> FinetuneResult:
+    """A run never interrupted."""
+    return train(place, place / "whole")
+
+
+def weights(run: Path, name: str = "adapter") -> bytes:
+    return (run / name / "adapters.safetensors").read_bytes()
+
+
+def test_it_learns_and_leaves_a_whole_run(place: Path, whole: FinetuneResult) -> None:
+    assert whole.reason == "done" and whole.step == 12
+    assert whole.baseline_loss is not None and whole.best_loss is not None
+    assert whole.best_loss < whole.baseline_loss - 0.5
+    run = whole.run
+    assert {path.name for path in run.iterdir()} >= {"adapter", "best", "checkpoints", "config.yaml", "metrics.jsonl"}
+    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [event for event in events if event["event"] == "step"]
+    assert [event["step"] for event in steps] == list(range(1, 13))
+    assert {"epoch", "loss", "learning_rate", "tokens", "tokens_per_second", "peak_memory", "grad_norm"} <= set(
+        steps[0]
+    )
+    assert [event["step"] for event in events if event["event"] == "validation"] == [0, 6, 12]
+    assert str(whole.adapter).endswith("best") and "mlxlora fuse" in str(whole)
+
+
+def test_stock_mlx_lm_loads_the_adapter(place: Path, whole: FinetuneResult) -> None:
+    from mlx_lm.utils import load
+
+    tokens = mx.array([[3, 4, 5, 6]])
+    plain, _ = load(str(place / "model"))
+    tuned, _ = load(str(place / "model"), adapter_path=str(whole.run / "adapter"))
+    assert mx.abs(plain(tokens) - tuned(tokens)).max().item() > 1e-3
+
+
+def test_the_written_configuration_repeats_the_run(
+    place: Path, whole: FinetuneResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = place / "whole" / "config.yaml"
+    tree = yaml.safe_load(config.read_text())
+    assert tree["adapter"]["rank"] == 4 and tree["training"]["steps"] == 12
+    code = cli.main(["train", "--config", str(config), "--out", str(place / "again"), "--json"])
+    captured = capsys.readouterr()
+    assert code == 0, captured.err
+    assert json.loads(captured.out)["best_loss"] == whole.best_loss
+    assert weights(place / "again") == weights(whole.run)
+
+
+@pytest.mark.parametrize("at", [3, 5, 7])
+def test_an_interrupted_run_goes_on_bit_for_bit(place: Path, whole: FinetuneResult, tmp_path: Path, at: int) -> None:
+    control = Control()
+    seen: list[Event] = []
+
+    def watch(event: Event) -> None:
+        seen.append(event)
+        if isinstance(event, Step) and event.step == at:
+            control.stop()
+
+    stopped = train(place, tmp_path / "run", on_event=watch, control=control)
+    assert stopped.reason == "stopped" and stopped.step == at and "goes on" in str(stopped)
+    resumed = train(place, tmp_path / "run")
+    assert resumed.reason == "done" and resumed.best_loss == whole.best_loss
+    assert resumed.baseline_loss == whole.baseline_loss
+    assert weights(tmp_path / "run") == weights(whole.run)
+    assert weights(tmp_path / "run", "best") == weights(whole.run, "best")
+
+    def told(run: Path) -> list[tuple[str, int, float]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [(e["event"], e["step"], e["loss"]) for e in lines if e["event"] in ("step", "validation")]
+
+    assert told(tmp_path / "run") == told(whole.run)
+
+
+def test_a_finished_run_is_kept_unless_overwritten(place: Path, whole: FinetuneResult) -> None:
+    before = weights(whole.run)
+    with pytest.raises(RunError, match="--overwrite"):
+        train(place, whole.run)
+    assert weights(whole.run) == before
+
+
+def test_what_changed_is_named_when_a_run_would_go_on(place: Path, tmp_path: Path) -> None:
+    control = Control()
+    control.stop()
+    train(place, tmp_path / "run", control=control)
+    with pytest.raises(RunError, match=r"adapter\.rank: was 4, is now 8"):
+        train(place, tmp_path / "run", adapter=AdapterConfig(rank=8, dropout=0.1))
+    with pytest.raises(RunError, match=r"data: was"):
+        finetune(str(place / "model"), [str(write_rows(tmp_path / "o.jsonl", 40, 1))], tmp_path / "run", **OPTIONS)
+    faster = OptimizerConfig(learning_rate=1e-2)
+    with pytest.raises(RunError, match=r"optimizer\.learning_rate"):
+        train(place, tmp_path / "run", optimizer=faster)
+    with pytest.raises(ConfigError, match=r"Did you mean .optimizer\.learning_rate"):
+        train(place, tmp_path / "run", optimizer=faster, accept_changes=["optimizer.learning_rat"])
+    with pytest.raises(ConfigError, match=r"adapter\.rank"):
+        train(place, tmp_path / "run", accept_changes=["adapter.rank"])
+    longer = replace(OPTIONS["training"], steps=3, validate_every=1, keep=1)
+    result = train(
+        place, tmp_path / "run", optimizer=faster, training=longer, accept_changes=["optimizer.learning_rate"]
+    )
+    assert result.reason == "done" and result.step == 3
+
+
+def test_data_is_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "user"}]}\n')
+    with pytest.raises(DataError, match=r"bad\.jsonl:1"):
+        finetune(str(place / "model"), [str(tmp_path / "bad.jsonl")], tmp_path / "run", **OPTIONS)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_model_is_left_as_it_was_and_runs_do_not_disturb_each_other(place: Path, tmp_path: Path) -> None:
+    short = replace(OPTIONS["training"], steps=2)
+    first = train(place, tmp_path / "a", training=short)
+    second = train(place, tmp_path / "b", training=short)
+    assert weights(first.run) == weights(second.run)
+
+
+def test_without_validation_the_last_adapter_is_the_one_to_use(place: Path, tmp_path: Path) -> None:
+    seen: list[Event] = []
+    result = train(
+        place, tmp_path / "run", samples=SamplesConfig(validation_split=0.0),
+        training=replace(OPTIONS["training"], steps=2), on_event=seen.append,
+    )  # fmt: skip
+    assert not any(isinstance(event, Validation) for event in seen)
+    assert result.adapter.name == "adapter" and result.best_loss is None
