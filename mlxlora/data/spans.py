@@ -20,7 +20,7 @@ from mlxlora.data.records import Conversation, Message
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.data.thinking import DELIMITERS, Style, after_closer
 
-Kind = Literal["thinking", "answer", "call"]
+Kind = Literal["thinking", "answer", "call", "other"]
 
 BLOCKS = (0xF0000, 0xF8000, 0x100000)  # private-use characters to mark pieces with: 0x7000 each
 BLOCK = 0x7000
@@ -69,6 +69,7 @@ class Rendered:
 class _Piece:
     message: int
     kind: Kind
+    lead: str = ""  # what stands before it in the same content
     places: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -87,19 +88,26 @@ class TurnFinder:
         self._ends = {token for token in (*ENDS, eos_token) if token}
         self._text_arguments = self._wants_text_arguments()
         self._developer = template.reads("developer")
+        self._parts = self._wants_parts()
         self._headers = self._generation_prompts()
 
     # -- what the template is like ------------------------------------------------------------------------------------
 
     def _generation_prompts(self) -> list[str]:
         """What stands before the assistant's words: the generation prompt, and the same without an opened reasoning."""
-        probe = [{"role": "user", "content": "x"}]
+        probe = [{"role": "user", "content": self._content("x")}]
         try:
             with_prompt = self.template.render(probe, add_generation_prompt=True)
             without = self.template.render(probe)
         except TemplateRefusal:
             return []
-        prompt = with_prompt[len(without) :] if with_prompt.startswith(without) else ""
+        # some templates end a text that has no generation prompt with another token: compare up to there
+        pairs = enumerate(zip(with_prompt, without, strict=False))
+        common = next((place for place, (a, b) in pairs if a != b), min(len(with_prompt), len(without)))
+        for token in self._control.finditer(with_prompt) if self._control else ():
+            if token.start() < common < token.end():
+                common = token.start()
+        prompt = with_prompt[common:]
         found = [prompt]
         for opener, _ in DELIMITERS:
             found.append(prompt.partition(opener)[0])
@@ -119,6 +127,20 @@ class TurnFinder:
         except TemplateRefusal:
             return self._renders_text(probe)
 
+    def _wants_parts(self) -> bool:
+        """Whether the template wants content as a list of parts (templates of models that also see images)."""
+        for content in ("QZQ", [{"type": "text", "text": "QZQ"}]):
+            try:
+                if "QZQ" in self.template.render([{"role": "user", "content": content}]):
+                    return not isinstance(content, str)
+            except TemplateRefusal:
+                continue
+        return False
+
+    def _content(self, text: str) -> str | list[dict[str, str]]:
+        """A message's content in the shape that the template wants."""
+        return [{"type": "text", "text": text}] if self._parts else text
+
     def _renders_text(self, probe: list[dict[str, Any]]) -> bool:
         call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"k": "v"}'}}
         try:
@@ -136,7 +158,7 @@ class TurnFinder:
         except TemplateRefusal as error:
             raise Unusable(f"the chat template refuses it: {error}") from None
         pieces = self._pieces(conversation)
-        if any(piece is not None for piece in pieces):
+        if any(piece.kind != "other" for piece in pieces):
             self._locate(conversation, text, pieces)
         dropped = sum(piece.kind == "thinking" and not piece.places for piece in pieces)
         turns = list(self._turns(conversation, text, pieces))
@@ -148,13 +170,16 @@ class TurnFinder:
         result = []
         for index, message in enumerate(conversation.messages):
             role = "system" if message.role == "developer" and not self._developer else message.role
-            item: dict[str, Any] = {"role": role, "content": message.content}
-            if message.role == "assistant":
+            item: dict[str, Any] = {"role": role}
+            if message.role != "assistant":
+                item["content"] = self._content(mark(message.content, index, "other"))
+            else:
                 reasoning, parts = self.style.arranged(message)
                 if reasoning:
                     item["reasoning_content"] = item["thinking"] = mark(reasoning, index, "thinking")
-                inline = mark(parts.thinking, index, "thinking")
-                item["content"] = parts.before + inline + parts.between + mark(parts.answer, index, "answer")
+                inline = mark(parts.thinking, index, "thinking", parts.before)
+                content = parts.before + inline + parts.between + mark(parts.answer, index, "answer")
+                item["content"] = self._content(content)
                 if message.tool_calls:
                     item["tool_calls"] = [self._call(call, index, mark) for call in message.tool_calls]
             if message.name is not None:
@@ -177,7 +202,7 @@ class TurnFinder:
         """The assistant's pieces in the order in which `_messages` marks them."""
         collector = _Marker(0)
         self._messages(conversation, collector)
-        return [_Piece(message, kind) for message, kind in collector.pieces]
+        return [_Piece(message, kind, lead) for message, kind, lead in collector.pieces]
 
     def _locate(self, conversation: Conversation, text: str, pieces: list[_Piece]) -> None:
         """Find where each piece went in `text`. Raises Unusable."""
@@ -186,8 +211,11 @@ class TurnFinder:
             raise Unusable("it uses all of Unicode's supplementary private-use characters")
         if self._try_markers(conversation, text, pieces, _Marker(base)):
             return
-        for number in range(len(pieces)):
-            if not self._try_markers(conversation, text, pieces, _Marker(base, only=number)):
+        own = {number for number, piece in enumerate(pieces) if piece.kind != "other"}
+        if self._try_markers(conversation, text, pieces, _Marker(base, own)):
+            return
+        for number in sorted(own):
+            if not self._try_markers(conversation, text, pieces, _Marker(base, {number})):
                 raise Unusable("the answer cannot be located: the template changes it depending on what it says")
 
     def _try_markers(self, conversation: Conversation, text: str, pieces: list[_Piece], marker: _Marker) -> bool:
@@ -219,10 +247,12 @@ class TurnFinder:
             lost = [piece for piece in own if piece.kind != "thinking" and not piece.places]
             if lost:
                 raise Unusable(f"message {index + 1}: the template leaves the answer out")
-            placed = [(piece.kind, self._choose(piece, text, index, last_end)) for piece in own if piece.places]
+            placed = [(piece, self._choose(piece, text, index, last_end)) for piece in own if piece.places]
             if not placed:
                 continue  # an empty message
-            turn = self._turn(message, index, placed, text)
+            over = max(place[1] for _, place in placed)
+            following = [place[0] for p in pieces if p.message > index for place in p.places if place[0] >= over]
+            turn = self._turn(index, placed, text, min(following, default=len(text)))
             last_end = max(last_end, turn.end)
             yield turn
 
@@ -253,21 +283,24 @@ class TurnFinder:
                     return end
         return None
 
-    def _turn(self, message: Message, index: int, placed: list[tuple[Kind, tuple[int, int]]], text: str) -> Turn:
-        first = min(place[0] for _, place in placed)
-        last_kind, last = max(placed, key=lambda item: item[1][1])
+    def _turn(self, index: int, placed: list[tuple[_Piece, tuple[int, int]]], text: str, limit: int) -> Turn:
+        """The turn around its pieces; it ends before `limit`, where the next message's content begins."""
+        first_piece, (first, _) = min(placed, key=lambda item: item[1][0])
+        last_piece, last = max(placed, key=lambda item: item[1][1])
         header = self._header(text, first)
-        start = header if header is not None else first - _leading(message, text, first)
+        start = header if header is not None else first - _leading(first_piece.lead, text, first)
         answer = start
-        thinking = [place for kind, place in placed if kind == "thinking"]
-        others = [place[0] for kind, place in placed if kind != "thinking"]
+        thinking = [place for piece, place in placed if piece.kind == "thinking"]
+        others = [place[0] for piece, place in placed if piece.kind != "thinking"]
         if thinking:
             over = max(place[1] for place in thinking)
             answer = self._answer_start(text, over, min((p for p in others if p >= over), default=None))
         elif header is not None:
             closed = after_closer(text, start, first)  # an empty reasoning that the template writes by itself
             answer = closed if closed is not None else start
-        end, ended = self._end(text, last[1], last_kind == "call")
+        end, ended = self._end(text, last[1], last_piece.kind == "call", limit)
+        if last_piece.kind == "call" and not ended:
+            raise Unusable(f"message {index + 1}: where the tool call ends cannot be told")
         return Turn(index, start, min(answer, end), end, ended)
 
     def _answer_start(self, text: str, over: int, following: int | None) -> int:
@@ -279,28 +312,31 @@ class TurnFinder:
         closed = after_closer(text, over, following)
         return max([*found, *([closed] if closed is not None else [])], default=following)
 
-    def _end(self, text: str, place: int, call: bool) -> tuple[int, bool]:
+    def _end(self, text: str, place: int, call: bool, limit: int) -> tuple[int, bool]:
         """Where the turn whose last piece ends at `place` is over, and whether a token ends it."""
         position = place
-        while self._control is not None and (found := self._control.search(text, position)):
+        while self._control is not None and (found := self._control.search(text, position, limit)):
             between = text[place : found.start()]
             if call:
                 if any(header in between for header in self._headers):
                     break
-                if found.group() not in self._ends and not between.rstrip().endswith(("}", "]", ">")):
+                if found.group() not in self._ends and not self._ends_call(between, found.group()):
                     position = found.end()
                     continue
-                closing = (
-                    found.group().startswith(("</", "[/", "<｜tool", "<|tool")) and found.group() not in self._ends
-                )
-                if closing:
-                    position = found.end()
-                    continue
-                return found.end(), True
-            if between.strip():
+            elif between.strip():
                 break
-            return found.end(), True
+            end = found.end()
+            if found.group() not in self._ends:  # a closing token of the answer, before the one that ends the turn
+                following = self._control.match(text, end, limit)
+                if following and following.group() in self._ends:
+                    end = following.end()
+            return end, True
         return place, False
+
+    @staticmethod
+    def _ends_call(between: str, token: str) -> bool:
+        """Whether a control token that is not known to end turns may end one with tool calls."""
+        return between.rstrip().endswith(("}", "]", ">")) and not token.startswith(("</", "[/", "<｜tool", "<|tool"))
 
     # -- control tokens that content spells -----------------------------------------------------------------------
 
@@ -368,26 +404,26 @@ class TurnFinder:
 class _Marker:
     """Puts private-use characters around pieces of text and remembers what they are."""
 
-    def __init__(self, base: int, only: int | None = None) -> None:
+    def __init__(self, base: int, only: set[int] | None = None) -> None:
         self.base = base
         self.only = only
-        self.pieces: list[tuple[int, Kind]] = []
+        self.pieces: list[tuple[int, Kind, str]] = []
 
-    def mark(self, text: str, message: int, kind: Kind) -> str:
+    def mark(self, text: str, message: int, kind: Kind, before: str = "") -> str:
         """`text` with its first and last visible character marked; white space outside can still be trimmed."""
         core = text.strip()
         if not core:
             return text
         number = len(self.pieces)
-        self.pieces.append((message, kind))
-        if not self.base or self.only not in (None, number):
-            return text
         begin = text.index(core)
+        self.pieces.append((message, kind, before + text[:begin]))
+        if not self.base or (self.only is not None and number not in self.only):
+            return text
         opened, closed = chr(self.base + 2 * number), chr(self.base + 2 * number + 1)
         return f"{text[:begin]}{opened}{core}{closed}{text[begin + len(core) :]}"
 
 
-def _unmarked(text: str, message: int, kind: Kind) -> str:
+def _unmarked(text: str, message: int, kind: Kind, before: str = "") -> str:
     return text
 
 
@@ -398,7 +434,7 @@ def _block_pattern(base: int) -> re.Pattern[str]:
 _PATTERNS = {base: re.compile(f"[{chr(base)}-{chr(base + BLOCK)}]") for base in BLOCKS}
 
 
-def _leading(message: Message, text: str, first: int) -> int:
-    """How much white space at the beginning of the answer the template kept."""
-    lead = message.content[: len(message.content) - len(message.content.lstrip())]
-    return len(lead) if lead and text[max(0, first - len(lead)) : first] == lead else 0
+def _leading(lead: str, text: str, first: int) -> int:
+    """How much of what stands before the first piece in its own content (white space, `<think>`) the template kept."""
+    kept = next((part for part in (lead, lead.lstrip()) if part and text[:first].endswith(part)), "")
+    return len(kept)

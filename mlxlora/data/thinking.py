@@ -18,7 +18,7 @@ DELIMITERS = (
 """How models mark the beginning and the end of their reasoning."""
 
 _FIELDS = re.compile(r"reasoning_content|(?:\.|['\"])(?:thinking|reasoning)\b")
-_CLOSERS = re.compile("(?:" + "|".join(re.escape(closer) for _, closer in DELIMITERS) + r")\s*")
+_CLOSERS = re.compile("(?:" + "|".join(re.escape(closer) for _, closer in DELIMITERS) + r")\n*")
 
 
 @dataclass(frozen=True, slots=True)
