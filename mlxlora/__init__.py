@@ -1,5 +1,68 @@
-"""Fine-tune language models on Apple Silicon with MLX."""
+"""Fine-tune language models with MLX: what the command line does, as functions.
 
+>>> from mlxlora import AdapterConfig, finetune, load
+>>> result = finetune("mlx-community/Qwen3-0.6B-4bit", ["chats.jsonl"], "run", adapter=AdapterConfig(rank=8))
+>>> model = load("mlx-community/Qwen3-0.6B-4bit", adapter=[str(result.run)])
+"""
+
+from mlxlora.adapters import AdapterConfig, inject, load_adapter, remove, save_adapter
+from mlxlora.convert import convert
+from mlxlora.data import BatchConfig, Dataset, SamplesConfig
+from mlxlora.data import load as load_data
+from mlxlora.doctor import doctor
+from mlxlora.engine import Engine, EngineConfig
+from mlxlora.errors import (
+    AdapterError,
+    ConfigError,
+    DataError,
+    InputError,
+    MlxLoraError,
+    ModelError,
+    RunError,
+    TrainingError,
+    UnsupportedError,
+)
+from mlxlora.finetune import FinetuneResult, finetune
+from mlxlora.model import LanguageModel, load, save
+from mlxlora.quantize import QuantizeConfig
+from mlxlora.reporting.report import report
+from mlxlora.training.config import TrainingConfig
+from mlxlora.training.events import Control
+from mlxlora.training.optimizer import OptimizerConfig
 from mlxlora.version import __version__
 
-__all__ = ["__version__"]
+__all__ = [
+    "AdapterConfig",
+    "AdapterError",
+    "BatchConfig",
+    "ConfigError",
+    "Control",
+    "DataError",
+    "Dataset",
+    "Engine",
+    "EngineConfig",
+    "FinetuneResult",
+    "InputError",
+    "LanguageModel",
+    "MlxLoraError",
+    "ModelError",
+    "OptimizerConfig",
+    "QuantizeConfig",
+    "RunError",
+    "SamplesConfig",
+    "TrainingConfig",
+    "TrainingError",
+    "UnsupportedError",
+    "__version__",
+    "convert",
+    "doctor",
+    "finetune",
+    "inject",
+    "load",
+    "load_adapter",
+    "load_data",
+    "remove",
+    "report",
+    "save",
+    "save_adapter",
+]
