@@ -249,7 +249,10 @@ def _reference(
     import numpy as np
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         model, said = AutoModelForCausalLM.from_pretrained(
             str(original),
@@ -265,6 +268,9 @@ def _reference(
     except Exception as error:  # a model of its own code, an attention it does not have, no memory: nothing to compare
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return None, [f"Not compared with transformers, which does not load this model: {reason[:200]}"]
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     difference = probe.compare(mx.array(np.ascontiguousarray(theirs)), ours, ids)
     known = architecture.silently_wrong(architecture.spelled_both_ways(architecture.read_config(original)))
     if difference.kl > LARGEST_KL and not known:  # what is known is warned of, with the figure beside it

@@ -24,6 +24,8 @@ def find(source: str | Path, *, revision: str | None = None) -> Path:
     Only the needed files are fetched; an interrupted download goes on; what is here is not fetched again.
     Raises ModelError, in one line, when there is no such directory and no such name, or no way to the hub.
     """
+    if not str(source).strip():
+        raise ModelError("An empty name: there is no such directory.")
     path = Path(source).expanduser()
     if path.is_dir():
         if revision is not None:
@@ -51,14 +53,16 @@ def _fetch(name: str, revision: str | None) -> Path:
     )
 
     at = f"{name} at revision {revision}" if revision else name
+    http_error: type[Exception] = HfHubHTTPError.__mro__[1]  # the root of the HTTP library that huggingface_hub uses
     try:
         try:
             listed = [entry.rfilename for entry in HfApi().model_info(name, revision=revision).siblings or []]
-        except (OfflineModeIsEnabled, ConnectionError, OSError) as error:
+        except (OfflineModeIsEnabled, http_error, ConnectionError) as error:
             if isinstance(error, HfHubHTTPError):
                 raise
+            # no way to the hub: what an earlier run has fetched will do, if it is complete
             return Path(
-                snapshot_download(name, revision=revision, allow_patterns=list(MODEL_FILES), local_files_only=True)
+                snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES], local_files_only=True)
             )
         wanted = list(MODEL_FILES)
         if not any(file.endswith(".safetensors") for file in listed):
@@ -77,11 +81,16 @@ def _fetch(name: str, revision: str | None) -> Path:
     except HFValidationError:
         raise ModelError(f"{name}: no such directory, and no name that the hub allows.") from None
     except HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else "none"
-        raise ModelError(f"The hub answered {status} for {at}: {str(error).splitlines()[0]}") from None
+        raise ModelError(f"{at} could not be fetched: {_first_line(error)}") from None
     except LocalEntryNotFoundError:
         raise ModelError(
             f"{at}: no such directory here, and the hub cannot be reached (no network, or offline mode)."
         ) from None
-    except OSError as error:
-        raise ModelError(f"{at} could not be fetched: {str(error).splitlines()[0]}") from None
+    except (http_error, OSError) as error:
+        raise ModelError(
+            f"{at} could not be fetched: {_first_line(error)}. Run the same command again: it goes on where it stopped."
+        ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

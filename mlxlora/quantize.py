@@ -24,18 +24,16 @@ MODE_BITS: dict[str, int] = {"mxfp4": 4, "mxfp8": 8, "nvfp4": 4}
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """How to quantize a model; with neither bits, mode nor recipe given, it is not quantized.
-
-    bits: 2, 3, 4, 5, 6 or 8 (affine); the other modes have their own number and need none
-    group_size: weights that share a scale: 32, 64 or 128 (affine, default 64); the other modes have their own
-    mode: affine (scale and offset), or the floating formats mxfp4, mxfp8, nvfp4
-    recipe: more bits for the layers that need them: mixed_2_6, mixed_3_4, mixed_3_6, mixed_4_6 (affine only)
-    """
+    """How to quantize a model; with neither bits, mode nor recipe given, it is not quantized."""
 
     bits: int | None = None
+    """2, 3, 4, 5, 6 or 8 (affine); the other modes have their own number and need none"""
     group_size: int | None = None
+    """weights that share a scale: 32, 64 or 128 (affine, default 64); the other modes have their own"""
     mode: Mode = "affine"
+    """affine (scale and offset), or the floating formats mxfp4, mxfp8, nvfp4"""
     recipe: Recipe | None = None
+    """more bits for the layers that need them (affine only)"""
 
     def __post_init__(self) -> None:
         if self.mode not in GROUP_SIZES:
