@@ -4,7 +4,7 @@ A format is a module of this package with three functions, named in `FORMATS`:
 
     write(job: ExportJob) -> list[str]                 fill job.out, which export() publishes by rename; returns notes
     read(job: ImportJob) -> list[str]                  fill job.out from job.source; returns notes
-    read_back(job: ExportJob, probe: Probe) -> ReadBack  run the format's real reader on job.out; raises ReaderMissing
+    read_back(job: ExportJob, probe: Probe) -> ReadBack  run the format's real reader on job.out; raises NotReadBack
 
 Options of a format are one dataclass beside its code, and one parameter of `export` or `import_` below. An option group
 that the chosen format does not have is refused, not ignored.
@@ -22,7 +22,8 @@ from typing import Any, Literal, TypeVar
 
 from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
 from mlxlora.files import new_directory, refuse_existing, sync
-from mlxlora_convert.probe import Probe, ReadBack, ReaderMissing
+from mlxlora_convert.peft_export import PeftOptions
+from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
 
 Progress = Callable[[str, int, int], None]
 Options = TypeVar("Options")
@@ -52,8 +53,18 @@ class Format:
     adapter: bool = False
 
 
-# One line a format.
-FORMATS: dict[str, Format] = {}
+# One entry a format.
+FORMATS: dict[str, Format] = {
+    "peft": Format(
+        "Hugging Face PEFT adapter",
+        write="peft_adapter:write",
+        read="peft_adapter:read",
+        read_back="peft_adapter:read_back",
+        options=("peft",),
+        marks=("adapter_model.safetensors", "adapter_model.bin"),
+        adapter=True,
+    ),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +165,7 @@ def export(
     check: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    peft: PeftOptions | None = None,
     on_progress: Progress | None = None,
 ) -> ExportResult:
     """Write a model or an adapter in another program's format.
@@ -168,11 +180,12 @@ def export(
         check: run the format's real reader on the result, when it is installed, and compare log-probabilities
         revision: branch, tag or commit of a hub id
         trust_remote_code: allow code that the model directory brings along
+        peft: options of `--to peft`
 
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
     chosen = _format(to, "write")
-    options = _options(to, chosen)
+    options = _options(to, chosen, peft=peft)
     if chosen.adapter and not adapter:
         raise ConfigError(f"--to {to} writes an adapter, and none was given: name one with --adapter.")
     out = Path(out)
@@ -180,7 +193,7 @@ def export(
         raise ConfigError(f"--to {to} writes one file: --out must end in {chosen.suffix}, not '{out.name}'.")
     with _scratch(out, file=bool(chosen.suffix)) as scratch:
         job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, tuple(adapter or ()))
-        notes = list(_function(chosen.write)(job))
+        notes = list(function(chosen.write)(job))
         seen = _read_back(chosen, job, notes) if check else None
         files = [scratch] if scratch.is_file() else sorted(path for path in scratch.rglob("*") if path.is_file())
         names = tuple(path.name if path == scratch else str(path.relative_to(scratch)) for path in files)
@@ -218,7 +231,7 @@ def import_(
     chosen = _format(name, "read")
     with new_directory(out) as scratch:
         job = ImportJob(scratch, model, (), revision, trust_remote_code, on_progress, source)
-        notes = _function(chosen.read)(job)
+        notes = function(chosen.read)(job)
     return ImportResult(name, source, out, tuple(notes))
 
 
@@ -267,7 +280,7 @@ def _options(name: str, chosen: Format, **given: Any) -> tuple[Any, ...]:
     return tuple(set_.values())
 
 
-def _function(reference: str | None) -> Callable[..., Any]:
+def function(reference: str | None) -> Callable[..., Any]:
     """`module:function` of this package, imported when it is needed."""
     assert reference is not None
     module, _, function = reference.partition(":")
@@ -280,9 +293,9 @@ def _read_back(chosen: Format, job: ExportJob, notes: list[str]) -> ReadBack | N
     if chosen.read_back is None:
         return None
     try:
-        seen: ReadBack = _function(chosen.read_back)(job, Probe(job))
-    except ReaderMissing as missing:
-        notes.append(str(missing))
+        seen: ReadBack = function(chosen.read_back)(job, Probe(job))
+    except NotReadBack as reason:
+        notes.append(str(reason))
         return None
     if not seen.difference <= seen.bound:
         raise MlxLoraError(

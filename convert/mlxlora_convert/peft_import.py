@@ -164,6 +164,11 @@ class _Reader:
             )
             return
         place = self.places[path]
+        if self.config.dora and place.kind != "linear":
+            raise UnsupportedError(
+                f"{lora.path}: PEFT's DoRA scales the columns of an embedding, ours its rows. Merge the adapter with "
+                "PEFT (merge_and_unload) and convert the merged model instead."
+            )
         scale_path = f"{lora.path}.weight" if self._is_parameter(lora.path) else lora.path
         part = self._factors(lora, place.kind, place.shape, scale_path) if place.kind != "experts" else None
         if part is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +10,8 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
+
+from mlxlora.model import LanguageModel, load
 
 TOKENS = 64
 # several scripts, digits and code, so that rare rows of the embedding and long tokens are seen as well
@@ -33,8 +34,12 @@ class Source(Protocol):
     def trust_remote_code(self) -> bool: ...
 
 
-class ReaderMissing(Exception):
-    """The format's real reader is not installed; the export goes on, and says so."""
+class NotReadBack(Exception):
+    """The result cannot be read back on this machine; the export goes on, and says so."""
+
+
+class ReaderMissing(NotReadBack):
+    """The format's real reader is not installed."""
 
     def __init__(self, reader: str, install: str) -> None:
         super().__init__(f"Not read back: {reader} is not installed ({install}).")
@@ -71,16 +76,24 @@ class Probe:
 
     @cached_property
     def _seen(self) -> tuple[list[int], npt.NDArray[np.float32]]:
-        source = self._source
-        model: Any = importlib.import_module("mlxlora.model").load(
-            source.base,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            adapter=source.adapter,
-        )
+        model = self._load(self._source.adapter)
         ids = [int(token) for token in model.tokenizer.hf.encode(TEXT)]
         tokens = (ids * (TOKENS // max(len(ids), 1) + 1))[:TOKENS] if ids else list(range(TOKENS))
         return tokens, log_probs(model.network, tokens)
+
+    def _load(self, adapter: Sequence[str]) -> LanguageModel:
+        source = self._source
+        return load(
+            source.base,
+            revision=source.revision,
+            trust_remote_code=source.trust_remote_code,
+            adapter=adapter,
+        )
+
+    @cached_property
+    def base_log_probs(self) -> npt.NDArray[np.float32]:
+        """The same for the model without adapters."""
+        return log_probs(self._load(()).network, self.tokens)
 
     @property
     def tokens(self) -> list[int]:

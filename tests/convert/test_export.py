@@ -111,5 +111,5 @@ def test_formats_are_recognised_by_their_files(formats: types.ModuleType, tmp_pa
 def test_every_function_of_the_table_exists() -> None:
     for name, entry in doors.FORMATS.items():
         for reference in (entry.write, entry.read, entry.read_back):
-            assert reference is None or callable(doors._function(reference)), name
+            assert reference is None or callable(doors.function(reference)), name
         assert entry.write or entry.read, name
