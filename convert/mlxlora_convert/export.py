@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
 from mlxlora.files import new_directory, refuse_existing, sync
+from mlxlora_convert.mlxlm_options import MlxLmOptions
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
 
@@ -37,7 +38,8 @@ class Format:
     write:     `module:function` that writes it, or None when it can only be read
     read:      `module:function` that reads it, or None when it can only be written
     read_back: `module:function` that runs its real reader
-    options:   names of the option groups (parameters of `export` and `import_`) that it takes
+    options:   names of the option groups (parameters of `export`) that writing it takes
+    read_options: those (parameters of `import_`) that reading it takes
     marks:     file names (glob) by which a directory or file of this format is recognised
     suffix:    the format is one file with this ending; empty: a directory
     adapter:   the format holds an adapter alone, so one is required
@@ -48,6 +50,7 @@ class Format:
     read: str | None = None
     read_back: str | None = None
     options: tuple[str, ...] = ()
+    read_options: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
     suffix: str = ""
     adapter: bool = False
@@ -62,6 +65,15 @@ FORMATS: dict[str, Format] = {
         read_back="peft_adapter:read_back",
         options=("peft",),
         marks=("adapter_model.safetensors", "adapter_model.bin"),
+        adapter=True,
+    ),
+    "mlx-lm": Format(
+        "mlx-lm adapter",
+        write="mlxlm_adapter:write",
+        read="mlxlm_adapter:read",
+        read_back="mlxlm_adapter:read_back",
+        read_options=("mlx_lm",),
+        marks=("adapters.safetensors", "adapters.npz"),
         adapter=True,
     ),
 }
@@ -185,7 +197,7 @@ def export(
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
     chosen = _format(to, "write")
-    options = _options(to, chosen, peft=peft)
+    options = _options(f"--to {to}", chosen.options, peft=peft)
     if chosen.adapter and not adapter:
         raise ConfigError(f"--to {to} writes an adapter, and none was given: name one with --adapter.")
     out = Path(out)
@@ -209,6 +221,7 @@ def import_(
     format: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    mlx_lm: MlxLmOptions | None = None,
     on_progress: Progress | None = None,
 ) -> ImportResult:
     """Read an adapter or a model from another program's format.
@@ -222,6 +235,7 @@ def import_(
         format: what `source` is; found from its files when not given
         revision: branch, tag or commit of a hub id
         trust_remote_code: allow code that the model directory brings along
+        mlx_lm: options of `--format mlx-lm`
 
     Raises FormatError for files that do not hold what their format promises, AdapterError for an adapter of another
     model, UnsupportedError for what we have no form for.
@@ -229,8 +243,9 @@ def import_(
     source, out = Path(source), Path(out)
     name = format if format is not None else recognise(source)
     chosen = _format(name, "read")
+    options = _options(f"--format {name}", chosen.read_options, mlx_lm=mlx_lm)
     with new_directory(out) as scratch:
-        job = ImportJob(scratch, model, (), revision, trust_remote_code, on_progress, source)
+        job = ImportJob(scratch, model, options, revision, trust_remote_code, on_progress, source)
         notes = function(chosen.read)(job)
     return ImportResult(name, source, out, tuple(notes))
 
@@ -267,15 +282,15 @@ def _format(name: str, direction: Literal["write", "read"]) -> Format:
     return FORMATS[name]
 
 
-def _options(name: str, chosen: Format, **given: Any) -> tuple[Any, ...]:
-    """The given option groups. Raises ConfigError for those that the format does not take."""
+def _options(chosen: str, allowed: tuple[str, ...], **given: Any) -> tuple[Any, ...]:
+    """The given option groups. Raises ConfigError for those that the chosen format does not take."""
     set_ = {group: value for group, value in given.items() if value is not None}
-    foreign = [group for group in set_ if group not in chosen.options]
+    foreign = [group for group in set_ if group not in allowed]
     if foreign:
-        has = ", ".join(f"--{group}.*" for group in chosen.options) or "no options"
+        has = ", ".join(f"--{group}.*" for group in allowed) or "no options"
         raise ConfigError.of(
             "Options of another format:",
-            [Problem(f"--{group}.*", f"--to {name} does not have them", f"It has {has}") for group in foreign],
+            [Problem(f"--{group}.*", f"{chosen} does not have them", f"It has {has}") for group in foreign],
         )
     return tuple(set_.values())
 

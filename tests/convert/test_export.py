@@ -93,8 +93,8 @@ def test_refusals(formats: types.ModuleType, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="readable cannot be written"):
         doors.export("base", "readable", tmp_path / "out")
     with pytest.raises(ConfigError, match="--to alone does not have them"):
-        doors._options("alone", doors.FORMATS["alone"], shout=Shout())
-    assert doors._options("shout", doors.FORMATS["shout"], shout=Shout("x"), other=None) == (Shout("x"),)
+        doors._options("--to alone", (), shout=Shout())
+    assert doors._options("--to shout", ("shout",), shout=Shout("x"), other=None) == (Shout("x"),)
     assert not list(tmp_path.iterdir())
 
 
