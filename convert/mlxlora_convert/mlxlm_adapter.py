@@ -1,7 +1,6 @@
 """Adapters of mlx-lm, out and in: today's layout and those that came before it.
 
-    today:            adapters.safetensors, adapter_config.json {fine_tune_type, num_layers, lora_parameters {rank, scale,
-                      dropout, keys}}
+    today             adapters.safetensors, and adapter_config.json with fine_tune_type, num_layers, lora_parameters
     until autumn 2024 lora_layers instead of num_layers, use_dora instead of fine_tune_type
     until summer 2024 lora_parameters has an alpha, too, and the scale is scale · alpha / rank; later files kept the
                       alpha and ignored it
@@ -58,7 +57,7 @@ def read_back(job: ExportJob, probe: Probe) -> ReadBack:
         theirs = log_probs(network, probe.tokens)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise MlxLoraError(
-            f"mlx-lm cannot read this adapter: {str(error).splitlines()[0]}. Nothing was written. mlx-lm has no DoRA on "
+            f"mlx-lm cannot read this adapter: {str(error).splitlines()[0]}. Nothing was written. It has no DoRA on "
             "weights of 3, 5 and 6 bits; there, fuse the adapter into the model instead."
         ) from error
     return probe.compare("mlx-lm", theirs, BOUND)
@@ -127,8 +126,8 @@ def _kind(settings: Mapping[str, Any]) -> str:
     kind = settings.get("fine_tune_type", "dora" if settings.get("use_dora") else "lora")
     if kind == "full":
         raise UnsupportedError(
-            "This is no adapter but a whole model's worth of weights (fine_tune_type full). Put them into the model with "
-            "mlx_lm.fuse and use that."
+            "This is no adapter but a whole model's worth of weights (fine_tune_type full). Put them into the model "
+            "with mlx_lm.fuse and use that."
         )
     if kind not in PARTS:
         raise FormatError(f"{CONFIG}: fine_tune_type: expected lora or dora, found {kind!r}.")
@@ -169,9 +168,8 @@ def _grouped(tensors: Mapping[str, mx.array], kind: str, places: Mapping[str, Pl
         else:
             grouped.setdefault(path, {})[part] = tensor.astype(mx.float32)
     for path, arrays in grouped.items():
-        problems += [
-            Problem(f"{path}.{part}", "is missing from the file") for part in PARTS[kind] if part not in arrays
-        ]
+        missing = [part for part in PARTS[kind] if part not in arrays]
+        problems += [Problem(f"{path}.{part}", "is missing from the file") for part in missing]
         place = places.get(path)
         if place is not None and place.kind == "experts" and "lora_a" in arrays and arrays["lora_a"].ndim == 2:
             experts, _, in_ = place.shape
@@ -202,7 +200,7 @@ def _scale(
     if scale is None:
         hint = f" It has alpha {alpha:g}, which mlx-lm never used alone." if alpha is not None else ""
         raise AdapterError(
-            f"The adapter does not say its scale.{hint} Give it with --mlx_lm.scale (mlx-lm's default was 20 until 2025)."
+            f"The adapter does not say its scale.{hint} Give it with --mlx_lm.scale (mlx-lm's default was 20)."
         )
     if alpha is None or "fine_tune_type" in settings or "num_layers" in settings:
         return float(scale), []  # whoever wrote these names ignored alpha

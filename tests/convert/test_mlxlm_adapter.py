@@ -1,4 +1,4 @@
-"""Adapters of mlx-lm: made by mlx-lm itself and read here, made here and read by mlx-lm, and every layout it ever had."""
+"""Adapters of mlx-lm: made by mlx-lm itself and read here, made here and read by mlx-lm, and the layouts of old."""
 
 from __future__ import annotations
 
@@ -152,7 +152,8 @@ def test_flat_experts_of_old(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("quantize", [None, {"bits": 4}])
 def test_written_for_mlxlm(family: str, quantize: dict[str, Any] | None, tmp_path: Path) -> None:
-    model = tiny.model_directory(tmp_path / "model", family, quantize=quantize)
+    wide = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32} if family == "deepseek_v3" else {}
+    model = tiny.model_directory(tmp_path / "model", family, quantize=quantize, **wide)
     base = BaseModel.open(str(model))
     parts = {}
     for number, (path, place) in enumerate(base.places.items()):
@@ -185,7 +186,7 @@ def test_wrong_input(llama: Path, tmp_path: Path) -> None:
     wrong: list[tuple[str, dict[str, Any], dict[str, mx.array], type[Exception]]] = [
         (rf"{q}\.lora_b: is missing", config, {k: v for k, v in tensors.items() if k != f"{q}.lora_b"}, AdapterError),
         ("lm_head.weight: is no part", config, {**tensors, "lm_head.weight": mx.zeros((512, 32))}, AdapterError),
-        ("the model has no such module", config, {**tensors, "x.lora_a": mx.zeros((32, 4)), "x.lora_b": mx.zeros((4, 32))},
+        ("the model has no such module", config, {**tensors, "x.lora_a": mx.zeros((3, 4)), "x.lora_b": mx.zeros((4, 3))},
          AdapterError),
         (rf"{q}\.lora_a: expected shape \[32, 4\], found \[33, 4\]", config,
          {**tensors, f"{q}.lora_a": mx.zeros((33, 4))}, AdapterError),
