@@ -186,8 +186,8 @@ def test_wrong_input(llama: Path, tmp_path: Path) -> None:
     wrong: list[tuple[str, dict[str, Any], dict[str, mx.array], type[Exception]]] = [
         (rf"{q}\.lora_b: is missing", config, {k: v for k, v in tensors.items() if k != f"{q}.lora_b"}, AdapterError),
         ("lm_head.weight: is no part", config, {**tensors, "lm_head.weight": mx.zeros((512, 32))}, AdapterError),
-        ("the model has no such module", config, {**tensors, "x.lora_a": mx.zeros((3, 4)), "x.lora_b": mx.zeros((4, 3))},
-         AdapterError),
+        ("the model has no such module", config,
+         {**tensors, "x.lora_a": mx.zeros((3, 4)), "x.lora_b": mx.zeros((4, 3))}, AdapterError),
         (rf"{q}\.lora_a: expected shape \[32, 4\], found \[33, 4\]", config,
          {**tensors, f"{q}.lora_a": mx.zeros((33, 4))}, AdapterError),
         ("expected rank 8", {**config, "lora_parameters": {"rank": 8, "scale": 1.0}}, tensors, AdapterError),
