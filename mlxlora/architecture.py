@@ -39,11 +39,35 @@ def read_config(directory: Path) -> Config:
         for name, kind, what in (("model_type", str, "a name"), ("text_config", dict, "an object"))
         if name in config and not isinstance(config[name], kind)
     ]
+    problems += _numbers_beyond_measure(config)
     if "model_type" not in config:
         problems.append(Problem("model_type", "is missing, so the architecture is unknown"))
     if problems:
         raise ModelError.of(f"{path} cannot be used:", problems)
     return config
+
+
+# Beyond these a number is a mistake or an attack: building the network would take the machine's memory first. The
+# largest models known have 162 blocks, a width of 53,248 and 512 experts.
+_LARGEST = {
+    ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_experts", "num_local_experts", "n_routed_experts"):
+        10_000,
+    ("hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
+     "head_dim", "vocab_size", "n_embd", "n_head", "kv_lora_rank", "q_lora_rank"): 10_000_000,
+}  # fmt: skip
+
+
+def _numbers_beyond_measure(config: Config) -> list[Problem]:
+    parts = [("", config)]
+    if isinstance(config.get("text_config"), dict):
+        parts.append(("text_config.", config["text_config"]))
+    return [
+        Problem(f"{where}{name}", f"must be a whole number from 0 to {largest:,}, not {str(part[name])[:40]}")
+        for where, part in parts
+        for names, largest in _LARGEST.items()
+        for name in names
+        if isinstance(part.get(name), int | float) and not (type(part[name]) is int and 0 <= part[name] <= largest)
+    ]
 
 
 def text_config(config: Config) -> Config:

@@ -64,7 +64,10 @@ def _as_errors(what: str) -> Iterator[None]:
     except SystemExit as stop:
         last = said.getvalue().strip().splitlines()[-1:]
         raise ModelError(f"{what}: mlx-lm gave up{': ' + last[0] if last else ''} (exit {stop.code}).") from None
-    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError, IndexError, ImportError) as error:
+    except (
+        ValueError, KeyError, TypeError, AttributeError, IndexError, ImportError, ArithmeticError, AssertionError,
+        RuntimeError,
+    ) as error:  # fmt: skip
         detail = f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else str(error)
         raise ModelError(f"{what}: mlx-lm cannot build this model. {detail}") from error
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxlora.errors import ModelError, UnsupportedError
+from mlxlora.tokenizer_file import check_tokenizer_file
 
 IntArray = npt.NDArray[np.int32]
 ALIAS_OPEN, ALIAS_CLOSE = "\U0010fffd", "\U0010fffc"  # private-use characters that spell a control token unmistakably
@@ -71,9 +72,13 @@ class Tokenizer:
         """
         from transformers import AutoTokenizer
 
+        if (Path(path) / "tokenizer.json").is_file():
+            check_tokenizer_file(Path(path) / "tokenizer.json")
         try:
             hf = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
-        except Exception as error:  # transformers, tokenizers and the hub raise whatever they like
+        except BaseException as error:  # transformers, tokenizers and the hub raise whatever they like
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic in Rust
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(
                 f"{path}: the tokenizer cannot be loaded: {reason} "
@@ -252,7 +257,12 @@ def _backend_of(state: dict[str, Any]) -> Any:
     from tokenizers import Tokenizer as Backend
 
     state["truncation"] = state["padding"] = state["post_processor"] = None
-    return Backend.from_str(json.dumps(state))
+    try:
+        return Backend.from_str(json.dumps(state))
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer contradicts itself: {error}. Take tokenizer.json from its source again."
+        ) from None
 
 
 def _encoding(item: Any) -> Encoding:

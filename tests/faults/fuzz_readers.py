@@ -15,9 +15,8 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["mlxlora", "mlxlora_convert"]):
-    from mlxlora.errors import MlxLoraError
-
-from tests.faults.hostile import TARGETS, limit_memory
+    from tests.faults.hostile import limit_memory
+    from tests.faults.targets import TARGETS
 
 
 def main() -> None:
@@ -25,19 +24,24 @@ def main() -> None:
     name = sys.argv.pop(1)
     target = TARGETS[name]
     folder = tempfile.TemporaryDirectory()
-    corpus, path = Path(folder.name, "corpus"), Path(folder.name, f"input{target.suffix}")
+    place, corpus = Path(folder.name, "place"), Path(folder.name, "corpus")
+    place.mkdir()
     corpus.mkdir()
     with atheris.instrument_imports(include=["mlxlora", "mlxlora_convert"]):
-        for number, seed in enumerate(target.seeds()):
-            (corpus / f"seed-{number}").write_bytes(seed)
-            path.write_bytes(seed)
+        seeds = target.seeds()
+        count = len(seeds)
+        for number, seed in enumerate(seeds):
+            (corpus / f"seed-{number}").write_bytes(bytes([number]) + seed)
+            path = target.put(place, number, seed)
             target.judge(path, target.read(path))  # also imports, instrumented, what the reader imports late
 
     def one(data: bytes) -> None:
-        path.write_bytes(data)
+        """The first byte says which of the reader's files the rest stands for."""
+        index = data[0] % count if data else 0
+        path = target.put(place, index, data[1:])
         try:
             value = target.read(path)
-        except MlxLoraError:
+        except target.refusals:
             return
         target.judge(path, value)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.hostile import TARGETS
+from tests.faults.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
 
