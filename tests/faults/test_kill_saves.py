@@ -72,6 +72,7 @@ def kills(folder: Path, wanted: int, steps: int, megabytes: float) -> None:
                 done += 1
                 inside += bool(scratch(run))
                 whole(run)
+                finished = json.loads((run / "run.json").read_text())["finished"]  # hit between its end and its exit
         assert not scratch(run), scratch(run)
         for name in ("adapter", "best"):
             assert sha256(run / name / "adapters.safetensors") == sha256(
