@@ -32,6 +32,9 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "convert": Verb("mlxlora.convert:convert", "make an MLX model of a Hugging Face model, and quantize it"),
+    "eval": Verb("mlxlora.evaluate:evaluate", "loss and perplexity on data, without and with adapters"),
+    "chat": Verb("mlxlora.chat:chat", "talk to a model, and turn its adapters up and down while talking"),
+    "generate": Verb("mlxlora.generate:generate", "let a model answer a prompt"),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
     "export": Verb("mlxlora_convert.export:export", "write an adapter or a model in another program's format"),
     "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),

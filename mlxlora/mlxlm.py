@@ -8,6 +8,7 @@ end here instead of in the middle of somebody's training run.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import io
 import pkgutil
@@ -239,14 +240,56 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
         return module("utils").load_tokenizer(directory, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
 
 
+def with_stops(tokenizer: Any, stops: Sequence[int]) -> Any:
+    """The same wrapper of a tokenizer with more ids that end a text; the given one stays as it is."""
+    made = copy.copy(tokenizer)
+    made.eos_token_ids = {*tokenizer.eos_token_ids, *stops}
+    return made
+
+
+def kept_cache(
+    network: nn.Module, cache: list[Any] | None, held: Sequence[int], prompt: Sequence[int]
+) -> tuple[Any, int]:
+    """A key/value cache for `prompt`, and how many of its tokens it holds already.
+
+    cache, held: the cache of an earlier prompt and answer, and their tokens; what both have in common from the start is
+    used again where the cache can be cut back to it. At least one token of the prompt is always left to be read.
+    """
+    common = 0
+    for mine, theirs in zip(held, prompt[:-1], strict=False):
+        if mine != theirs:
+            break
+        common += 1
+    cached = module("models.cache")
+    if cache and common and cached.can_trim_prompt_cache(cache):
+        size = int(getattr(cache[0], "offset", 0))
+        surplus = size - common
+        if surplus >= 0 and cached.trim_prompt_cache(cache, surplus) == surplus:
+            return cache, common
+        if 0 < size < common:
+            return cache, size
+    return prompt_cache(network), 0
+
+
 def stream_generate(network: nn.Module, tokenizer: Any, prompt: Sequence[int], **options: Any) -> Iterator[Any]:
     """mlx-lm's generator: yields responses with `text`, `token`, `logprobs`, `finish_reason`, counts and speeds."""
     return cast(Iterator[Any], module("generate").stream_generate(network, tokenizer, list(prompt), **options))
 
 
-def make_sampler(**options: Any) -> Any:
-    """mlx-lm's sampler: `temp`, `top_p`, `min_p`, `top_k`, `xtc_probability`, …"""
-    return module("sample_utils").make_sampler(**options)
+def sampling_filters(*, top_p: float, min_p: float, top_k: int) -> Callable[[mx.array], mx.array]:
+    """mlx-lm's filters on log-probabilities, in its order; 1, 0 and 0 leave everything in."""
+    utils = module("sample_utils")
+
+    def keep(log_probs: mx.array) -> mx.array:
+        if top_p < 1:
+            log_probs = utils.apply_top_p(log_probs, top_p)
+        if min_p > 0:
+            log_probs = utils.apply_min_p(log_probs, min_p)
+        if 0 < top_k < log_probs.shape[-1]:
+            log_probs = utils.apply_top_k(log_probs, top_k)
+        return log_probs
+
+    return keep
 
 
 def make_logits_processors(**options: Any) -> Any:

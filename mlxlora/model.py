@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import shutil
 from collections.abc import Callable, Sequence
@@ -15,9 +14,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlxlora import architecture, checkpoint_names, files, hub, mlxlm, weights
-from mlxlora.adapters.live import Adapters
+from mlxlora import architecture, checkpoint_names, files, hub, mlxlm, sentencepiece_model, weights
+from mlxlora.adapters import Adapters
 from mlxlora.errors import ModelError, Problem
+from mlxlora.tokenizer import Tokenizer
 
 # copied beside the weights of every model that is written: all but weights and what is rewritten
 CARRIED = ("generation_config.json", "*.py", "LICENSE*", "NOTICE*")
@@ -39,7 +39,7 @@ class LanguageModel:
     """
 
     network: nn.Module
-    tokenizer: Any
+    tokenizer: Tokenizer
     config: dict[str, Any]
     path: Path
 
@@ -50,8 +50,13 @@ class LanguageModel:
 
     @cached_property
     def adapters(self) -> Adapters:
-        """The adapters on this model, each with a name and a scale that can change at any time; see `Adapters`."""
+        """The adapters on this model: add, list, change scales, remove; see `mlxlora.adapters.Adapters`."""
         return Adapters(self.network, lambda: self.fingerprint)
+
+    @cached_property
+    def generation_tokenizer(self) -> Any:
+        """mlx-lm's wrapper of the tokenizer, for its generator."""
+        return mlxlm.load_tokenizer(self.path)
 
     @property
     def vocabulary(self) -> int:
@@ -133,9 +138,18 @@ def _check_weights(path: Path) -> Callable[[nn.Module, dict[str, mx.array]], Non
     return check
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer of a model directory."""
-    return importlib.import_module("mlxlora.tokenizer").Tokenizer.load(path)
+def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model directory.
+
+    Raises ModelError when there is none, or when it is a sentencepiece file alone: only a conversion checks that the
+    fast tokenizer made of it encodes alike.
+    """
+    if sentencepiece_model.needed(path):
+        raise ModelError(
+            f"{path} has its tokenizer as a sentencepiece file alone. Convert the model, which makes a fast tokenizer "
+            f"of it and checks that both encode alike: mlxlora convert --model {path} --out DIR"
+        )
+    return Tokenizer.load(path, trust_remote_code=trust_remote_code)
 
 
 def fingerprint(path: Path) -> str:

@@ -279,3 +279,24 @@ def transformers_directory(path: Path, family: str = "llama", *, seed: int = 0, 
     model.float().save_pretrained(path)
     tokenizer(path)
     return path
+
+
+def adapter_directory(path: Path, model: Path, *, seed: int = 0, size: float = 0.3, **changes: Any) -> Path:
+    """An adapter for a model directory, with both factors random, so that it changes what the model says.
+
+    size: how large its effect is; changes: of the AdapterConfig (rank, targets, type, …)
+    """
+    from mlxlora import adapters
+    from mlxlora.model import fingerprint, load_network
+
+    built, _ = load_network(model)
+    wanted = adapters.AdapterConfig(**{"rank": 4, "alpha": 8.0, **changes})
+    adapters.inject(built, wanted, seed=seed)
+    key = mx.random.key(seed + 1)
+    drawn = {}
+    for name, value in tree_flatten(built.trainable_parameters()):
+        key, now = mx.random.split(key)
+        drawn[name] = value + size * mx.random.normal(value.shape, key=now) / value.shape[-1] ** 0.5
+    built.load_weights(list(drawn.items()), strict=False)
+    adapters.save_adapter(path, adapters.collect(built, base=fingerprint(model)))
+    return path
