@@ -22,10 +22,11 @@ from mlxlora.errors import (
     TrainingError,
     UnsupportedError,
 )
-from mlxlora.finetune import FinetuneResult, finetune
+from mlxlora.finetune import finetune
 from mlxlora.model import LanguageModel, load, save
 from mlxlora.quantize import QuantizeConfig
 from mlxlora.reporting.report import report
+from mlxlora.reporting.watch import FinetuneResult
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control
 from mlxlora.training.optimizer import OptimizerConfig

@@ -16,7 +16,8 @@ from mlxlora import cli
 from mlxlora.adapters import AdapterConfig
 from mlxlora.data import SamplesConfig
 from mlxlora.errors import ConfigError, DataError, RunError
-from mlxlora.finetune import FinetuneResult, finetune
+from mlxlora.finetune import finetune
+from mlxlora.reporting.watch import FinetuneResult
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event, Step, Validation
 from mlxlora.training.optimizer import OptimizerConfig
@@ -178,3 +179,45 @@ def test_without_validation_the_last_adapter_is_the_one_to_use(place: Path, tmp_
     )  # fmt: skip
     assert not any(isinstance(event, Validation) for event in seen)
     assert result.adapter.name == "adapter" and result.best_loss is None
+
+
+def test_the_report_and_samples_are_there(place: Path, tmp_path: Path) -> None:
+    result = train(place, tmp_path / "run", training=replace(OPTIONS["training"], steps=4, sample_every=2))
+    lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
+    samples = [event for event in lines if event["event"] == "samples"]
+    assert [event["step"] for event in samples] == [0, 2, 4]
+    assert "What is" in samples[0]["prompts"][0] and len(samples[0]["answers"]) == 4
+    text = (result.run / "report.html").read_text()
+    assert "What the model said" in text and "validation loss before" in text
+    plain = train(place, tmp_path / "plain", training=replace(OPTIONS["training"], steps=4))
+    assert weights(plain.run) == weights(result.run)
+
+
+def test_gentle_and_memory_limit_change_no_byte(place: Path, tmp_path: Path) -> None:
+    short = replace(OPTIONS["training"], steps=2)
+    before = mx.set_memory_limit(10**10)
+    try:
+        first = train(place, tmp_path / "a", training=short)
+        second = train(place, tmp_path / "b", training=short, gentle=True, memory_limit="2GB")
+        assert weights(first.run) == weights(second.run)
+        assert mx.set_memory_limit(10**10) == 10**10
+    finally:
+        mx.set_memory_limit(before)
+
+
+def test_trackers_get_the_curves(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'tensorboard'"):
+        train(place, tmp_path / "run", report_to=["tensorbord"])
+    (tmp_path / "wandb.py").write_text(
+        "calls = []\n"
+        "def init(**options): calls.append(('init', options['name']))\n"
+        "def log(values, step): calls.append((step, sorted(values)))\n"
+        "def finish(): calls.append('finish')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    train(place, tmp_path / "run", report_to=["wandb"], training=replace(OPTIONS["training"], steps=2))
+    import wandb
+
+    assert wandb.calls[0] == ("init", "run") and wandb.calls[-1] == "finish"
+    assert (0, ["validation/loss"]) in wandb.calls
+    assert any(call[0] == 2 and "train/loss" in call[1] for call in wandb.calls[1:-1])

@@ -32,6 +32,8 @@ class TrainingConfig:
     """steps between checkpoints; default 100, and always at the end"""
     report_every: int = 1
     """steps between reports; between two of them the device is never waited for"""
+    sample_every: int | None = None
+    """steps between looks at what the model answers to a few held-out prompts; default never"""
     keep: int = 2
     """how many checkpoints to keep"""
     seed: int = 0
@@ -54,7 +56,15 @@ class TrainingConfig:
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ConfigError(f"training.{one} and training.{other} contradict each other. Give one of them.")
         demand(self.epochs is None or (math.isfinite(self.epochs) and 0 < self.epochs <= 10_000), "epochs", "above 0")
-        for name in ("steps", "batch_size", "tokens_per_batch", "validate_every", "save_every", "patience"):
+        for name in (
+            "steps",
+            "batch_size",
+            "tokens_per_batch",
+            "validate_every",
+            "save_every",
+            "sample_every",
+            "patience",
+        ):
             demand(getattr(self, name) is None or getattr(self, name) >= 1, name, "1 or more")
         for name in ("accumulate", "report_every", "keep"):
             demand(getattr(self, name) >= 1, name, "1 or more")

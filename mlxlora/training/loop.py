@@ -25,8 +25,20 @@ from mlxlora.data.sample import Batch
 from mlxlora.errors import TrainingError
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.events import Checkpoint, Control, Event, Finished, Notice, Reason, Started, Step, Validation
+from mlxlora.training.events import (
+    Checkpoint,
+    Control,
+    Event,
+    Finished,
+    Notice,
+    Reason,
+    Samples,
+    Started,
+    Step,
+    Validation,
+)
 from mlxlora.training.optimizer import Flat, Optimizer
+from mlxlora.training.pace import Pace
 
 Objective: TypeAlias = Callable[..., tuple[mx.array, mx.array, dict[str, mx.array]]]
 
@@ -138,12 +150,14 @@ class Trainer:
         adapter_writer: Callable[[Path], None] | None = None,
         state: TrainingState | None = None,
         control: Control | None = None,
+        pace: Pace | None = None,
+        sampler: Callable[[], tuple[list[str], list[str]]] | None = None,
     ) -> None:
         self.network, self.engine, self.objective = network, engine, objective
         self.batches, self.validation = batches, validation
         self.optimizer, self.config = optimizer, config
         self.store, self.adapter_writer = store, adapter_writer
-        self.control = control or Control()
+        self.control, self.pace, self.sampler = control or Control(), pace, sampler
         self.counters = Counters()
         self.parameters: Flat = dict(tree_flatten(network.trainable_parameters()))
         self.optimizer.init(self.parameters)
@@ -182,6 +196,7 @@ class Trainer:
         )
         if self.step == 0:
             yield from self.validate(first=True)
+            yield from self.show_samples()
         reason: Reason = "done"
         while self.step < self.optimizer.steps:
             self.one_step()
@@ -193,6 +208,8 @@ class Trainer:
                 yield from self.report()
             if due:
                 yield from self.validate()
+            if self.step == self.optimizer.steps or self.step % (self.config.sample_every or self.optimizer.steps) == 0:
+                yield from self.show_samples()
             stop = stop or self.stop_reason() or ("stopped" if self.control.stopping else None)
             if self.save_due() or self.control.take_save() or stop or self.step == self.optimizer.steps:
                 yield from self.report()
@@ -200,6 +217,7 @@ class Trainer:
             if stop:
                 reason = stop
                 break
+            yield from self.rest()
         last = self.counters.losses[-1] if self.counters.losses else None
         yield Finished(
             self.step, self.epoch_now(), reason, last, self.counters.best_loss, self.counters.best_step,
@@ -343,6 +361,26 @@ class Trainer:
             yield from self.save()
         self.reported += time.monotonic() - started  # so that tokens per second count training alone
 
+    def show_samples(self) -> Iterator[Event]:
+        """What the model answers to the held-out prompts now."""
+        if self.sampler is None or self.config.sample_every is None:
+            return
+        started = time.monotonic()
+        yield from self.report()
+        prompts, answers = self.sampler()
+        yield Samples(self.step, prompts, answers)
+        self.reported += time.monotonic() - started
+
+    def rest(self) -> Iterator[Event]:
+        """Let others have the machine, in gentle mode."""
+        if self.pace is None:
+            return
+        started = time.monotonic()
+        mx.eval(self.parameters)  # work still queued is no rest
+        for message in self.pace.rest(lambda: self.control.stopping):
+            yield Notice(self.step, message)
+        self.reported += time.monotonic() - started
+
     def stop_reason(self) -> Reason | None:
         config, counters = self.config, self.counters
         if self.step >= self.optimizer.steps:
@@ -391,15 +429,19 @@ def train(
     adapter_writer: Callable[[Path], None] | None = None,
     state: TrainingState | None = None,
     control: Control | None = None,
+    pace: Pace | None = None,
+    sampler: Callable[[], tuple[list[str], list[str]]] | None = None,
 ) -> Iterator[Event]:
     """Train, as a generator of events; `control.stop()` ends it after the current step and saves.
 
     `state` is where a resumed run goes on; with a `store`, checkpoints are published there, and `adapter_writer` puts
-    the adapter in its own format into a directory. Raises TrainingError when numbers stop being finite.
+    the adapter in its own format into a directory. `sampler` answers held-out prompts: (prompts, answers).
+    Raises TrainingError when numbers stop being finite.
     """
     yield from Trainer(
         network, engine, objective, batches, optimizer, config,
         validation=validation, store=store, adapter_writer=adapter_writer, state=state, control=control,
+        pace=pace, sampler=sampler,
     )  # fmt: skip
 
 

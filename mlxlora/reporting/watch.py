@@ -1,0 +1,157 @@
+"""Events on their way: to metrics.jsonl, the report, trackers and the caller; and what a run came to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlxlora.data import DataSplits
+from mlxlora.files import plain
+from mlxlora.reporting.jsonl import append, read
+from mlxlora.reporting.report import report
+from mlxlora.reporting.trackers import Tracker
+from mlxlora.training.events import Checkpoint, Data, Event, Finished, Notice, Reason, Validation
+from mlxlora.training.run import RunDirectory
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a run came to."""
+
+    run: Path
+    adapter: Path
+    """the adapter to use: that of the lowest validation loss, or the last one where there was no validation"""
+    reason: Reason
+    step: int
+    epoch: float
+    loss: float | None
+    """of the last step"""
+    baseline_loss: float | None
+    """validation loss before the first step"""
+    best_loss: float | None
+    """lowest validation loss"""
+    best_step: int | None
+    seconds: float
+    peak_memory: int
+    model: str
+    notices: list[str]
+
+    def __str__(self) -> str:
+        why = {
+            "done": "finished",
+            "stopped": "stopped and saved; the same command goes on from here",
+            "patience": "finished: validation stopped getting better",
+            "target_loss": "finished: the target loss is reached",
+            "max_minutes": "finished: the time is up",
+        }[self.reason]
+        lines = [f"{why} at step {self.step:,}, epoch {self.epoch:.2f}"]
+        if self.best_loss is not None and self.baseline_loss is not None:
+            best = f"{self.best_loss:.4f} at best (step {self.best_step:,})"
+            lines.append(f"validation loss {self.baseline_loss:.4f} before, {best}")
+        lines.append(f"adapter: {self.adapter}")
+        if self.reason != "stopped":
+            lines.append(f"try it:  mlxlora chat --model {self.model} --adapter {self.run}")
+            lines.append(f"fuse it: mlxlora fuse --model {self.model} --adapter {self.run} --out DIR")
+        return "\n".join(lines)
+
+
+class Watch:
+    """Passes events on to metrics.jsonl, the report, trackers and the caller; remembers what the result tells."""
+
+    def __init__(
+        self, run: RunDirectory, on_event: Callable[[Event], None] | None, begin: Callable[[], list[Tracker]]
+    ) -> None:
+        self.run, self.on_event, self.begin = run, on_event, begin
+        self.trackers: list[Tracker] | None = None
+        self.notices: list[str] = []
+        self.told = 0
+        self.finished: Finished | None = None
+
+    def __call__(self, event: Event) -> None:
+        if self.trackers is None:
+            self.trackers = self.begin()
+        step = event.step
+        pending = [Notice(step, text) for text in self.notices[self.told :]]
+        self.told = len(self.notices)
+        for one in (event, *pending):
+            self.pass_on(one)
+
+    def pass_on(self, event: Event) -> None:
+        if not isinstance(event, Checkpoint):
+            append(self.run.metrics_path, event)
+        if isinstance(event, Finished):
+            self.finished = event
+        if isinstance(event, Validation | Finished):
+            report([self.run.path])
+        for tracker in self.trackers or ():
+            tracker(event)
+        if self.on_event:
+            self.on_event(event)
+
+    def result(self, model: str) -> FinetuneResult:
+        run, finished = self.run, self.finished
+        assert finished is not None
+        result = FinetuneResult(
+            run=run.path,
+            adapter=run.best_path if run.best_path.exists() else run.adapter_path,
+            reason=finished.reason,
+            step=finished.step,
+            epoch=finished.epoch,
+            loss=finished.loss,
+            baseline_loss=baseline(run.metrics_path),
+            best_loss=finished.best_loss,
+            best_step=finished.best_step,
+            seconds=finished.elapsed,
+            peak_memory=finished.peak_memory,
+            model=model,
+            notices=self.notices,
+        )
+        if finished.reason != "stopped":
+            run.finish(plain(result))
+        return result
+
+
+def baseline(metrics: Path) -> float | None:
+    """The validation loss before the first step."""
+    for event in read(metrics):
+        if event["event"] == "validation" and event["step"] == 0:
+            loss = event["loss"]
+            return None if loss is None else float(loss)
+    return None
+
+
+def describe(splits: DataSplits) -> Data:
+    """Counts and a histogram of the samples to learn from."""
+    train = splits.train
+    counts, edges = np.histogram(train.lengths, bins=min(30, int(train.lengths.max())), range=(0, train.lengths.max()))
+    return Data(
+        step=0,
+        samples=len(train),
+        validation_samples=len(splits.valid) if splits.valid is not None else 0,
+        tokens=int(train.lengths.sum()),
+        trained_tokens=int(train.trained.sum()),
+        shortest=int(train.lengths.min()),
+        longest=int(train.lengths.max()),
+        histogram_edges=[round(edge) for edge in edges[:-1]],
+        histogram_counts=counts.tolist(),
+    )
+
+
+def left_out(splits: DataSplits) -> list[str]:
+    """What a person should know of the rows that are not learned as they stand, one line a split and reason."""
+    lines = []
+    for name, counts in splits.counts.items():
+        for number, what in (
+            (counts.truncated, "cut to samples.max_length"),
+            (counts.dropped, "left out: longer than samples.max_length"),
+            (counts.unlocated, "left out: the answer could not be located in the chat template's text"),
+            (counts.untrained, "left out: nothing in them is learned"),
+            (counts.unended, "learned without a token that ends the turn"),
+            (counts.dropped_thinking, "turns whose reasoning the chat template leaves out"),
+        ):
+            if number:
+                lines.append(f"{name}: {number:,} of {counts.rows:,} rows {what}")
+    return lines
