@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
 from mlxlora.files import new_directory, refuse_existing, sync
+from mlxlora_convert.gguf_options import GGUFOptions
 from mlxlora_convert.mlxlm_options import MlxLmOptions
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
@@ -75,6 +76,13 @@ FORMATS: dict[str, Format] = {
         read_options=("mlx_lm",),
         marks=("adapters.safetensors", "adapters.npz"),
         adapter=True,
+    ),
+    "gguf": Format(
+        "GGUF model",
+        write="gguf_file:write",
+        read_back="gguf_file:read_back",
+        options=("gguf",),
+        suffix=".gguf",
     ),
 }
 
@@ -178,6 +186,7 @@ def export(
     revision: str | None = None,
     trust_remote_code: bool = False,
     peft: PeftOptions | None = None,
+    gguf: GGUFOptions | None = None,
     on_progress: Progress | None = None,
 ) -> ExportResult:
     """Write a model or an adapter in another program's format.
@@ -193,11 +202,12 @@ def export(
         revision: branch, tag or commit of a hub id
         trust_remote_code: allow code that the model directory brings along
         peft: options of `--to peft`
+        gguf: options of `--to gguf`
 
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
     chosen = _format(to, "write")
-    options = _options(f"--to {to}", chosen.options, peft=peft)
+    options = _options(f"--to {to}", chosen.options, peft=peft, gguf=gguf)
     if chosen.adapter and not adapter:
         raise ConfigError(f"--to {to} writes an adapter, and none was given: name one with --adapter.")
     out = Path(out)

@@ -12,6 +12,7 @@ from mlxlora.files.archive import extract_zip, zip_members
 from mlxlora.files.plain import plain
 from mlxlora.files.publish import (
     new_directory,
+    new_file,
     refuse_existing,
     remove_directory,
     sweep_scratch,
@@ -31,6 +32,7 @@ __all__ = [
     "human_bytes",
     "load_safetensors",
     "new_directory",
+    "new_file",
     "parse_json",
     "plain",
     "read_json",

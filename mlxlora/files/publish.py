@@ -87,6 +87,25 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         os.close(held)
 
 
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[Path]:
+    """Yield a path of the same name in a scratch directory; the file written there becomes `target` by rename.
+
+    For files too large for `write_whole`. Raises InputError when `target` exists, DiskFullError when the disk runs
+    full. On any error nothing is left behind.
+    """
+    target = Path(target)
+    refuse_existing(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}{SCRATCH}", dir=target.parent) as folder:
+        path = Path(folder, target.name)
+        with room_for(target, path):
+            yield path
+            sync(path)
+            path.rename(target)
+    sync(target.parent)
+
+
 def publish(scratch: Path, target: Path) -> None:
     """Put the directory `scratch` in the place of `target`, and remove what stood there."""
     if target.is_dir() and any(target.iterdir()):

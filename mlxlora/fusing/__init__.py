@@ -1,1 +1,0 @@
-"""What `fuse` is made of: rounding that minds its errors, measuring what changed, writing shard by shard."""
