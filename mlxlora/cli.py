@@ -36,6 +36,7 @@ VERBS: dict[str, Verb] = {
     "chat": Verb("mlxlora.chat:chat", "talk to a model, and turn its adapters up and down while talking"),
     "generate": Verb("mlxlora.generate:generate", "let a model answer a prompt"),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
+    "compare": Verb("mlxlora.compare:compare", "base and tuned side by side on held-out rows: is it better?"),
     "export": Verb("mlxlora_convert.export:export", "write an adapter or a model in another program's format"),
     "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),
     "doctor": Verb("mlxlora.doctor:doctor", "look at this machine: versions, memory, speed, what is missing"),

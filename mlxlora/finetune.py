@@ -9,16 +9,18 @@ from typing import Any
 
 import yaml
 
-from mlxlora import hub, mlxlm
+from mlxlora import hub
 from mlxlora.adapters import AdapterConfig, collect, inject, remove, write_adapter
 from mlxlora.data import BatchConfig, DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.files import plain
+from mlxlora.generate import SamplingConfig, complete
 from mlxlora.memory import limit_of, limited
 from mlxlora.model import LanguageModel, load, load_tokenizer
 from mlxlora.objectives.sft import sft
+from mlxlora.prompts import sample_prompt
 from mlxlora.reporting import trackers
 from mlxlora.reporting.watch import FinetuneResult, Watch, describe, left_out
 from mlxlora.training.config import TrainingConfig
@@ -143,14 +145,12 @@ def session(
 def answers(
     model: LanguageModel, held_out: Feed | None, count: int = 4, tokens: int = 96
 ) -> tuple[list[str], list[str]]:
-    """What the model says, greedily, to the first `count` validation samples up to their first learned token."""
+    """What the model says, greedily, to the first `count` validation samples up to their last answer."""
     prompts: list[str] = []
     said: list[str] = []
     for index in range(min(count, held_out.samples if held_out else 0)):
         assert held_out is not None
-        sample = held_out.dataset[index]
-        ids = sample.tokens[: int((sample.weights > 0).argmax())].tolist()
-        pieces = mlxlm.stream_generate(model.network, model.tokenizer.hf, ids, max_tokens=tokens)
-        prompts.append(model.tokenizer.decode(ids, skip_special=True))
-        said.append("".join(piece.text for piece in pieces))
+        prompt, _ = sample_prompt(model.tokenizer, held_out.dataset[index])
+        prompts.append(prompt.text)
+        said.append(complete(model, prompt, SamplingConfig(max_tokens=tokens)).text)
     return prompts, said

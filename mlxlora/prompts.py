@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.load import template_source
+from mlxlora.data.sample import Sample
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.errors import DataError
 from mlxlora.tokenizer import Tokenizer
@@ -105,3 +108,18 @@ def plain_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
     if tokenizer.adds_bos and tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
         ids = [tokenizer.bos_id, *ids]
     return Prompt(text, ids)
+
+
+def sample_prompt(tokenizer: Tokenizer, sample: Sample) -> tuple[Prompt, str]:
+    """What stands before the last learned stretch of a sample, as a prompt, and that stretch as text.
+
+    Where a control token ends the stretch, it ends an answer too.
+    """
+    learned = np.flatnonzero(sample.weights > 0)
+    breaks = np.flatnonzero(np.diff(learned) > 1)
+    begin, end = int(learned[breaks[-1] + 1] if len(breaks) else learned[0]), int(learned[-1]) + 1
+    final = int(sample.tokens[end - 1])
+    stops = (final,) if final in tokenizer.control_tokens.values() else ()
+    ids = sample.tokens[:begin].tolist()
+    expected = tokenizer.decode(sample.tokens[begin:end], skip_special=True).strip()
+    return Prompt(tokenizer.decode(ids, skip_special=True), ids, stops), expected
