@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlxlora.data.config import SamplesConfig
-from mlxlora.data.load import template_source
+from mlxlora.data.known_templates import template_source
 from mlxlora.data.sample import Sample
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.errors import DataError

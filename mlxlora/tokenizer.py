@@ -151,9 +151,9 @@ class Tokenizer:
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over what decides the ids of a text: vocabulary, merges, normalisation and special tokens."""
-        state = json.loads(self._backend.to_str())
-        state["truncation"] = state["padding"] = None  # state of the last call, not of the tokenizer
-        known = json.dumps([state, self.special_variables], sort_keys=True, ensure_ascii=False)
+        state = self._backend.to_str()
+        state = state[state.index('"added_tokens"') :]  # before it: truncation and padding of whoever called last
+        known = state + json.dumps(self.special_variables, sort_keys=True)
         return hashlib.sha256(known.encode("utf-8", "surrogatepass")).hexdigest()
 
     # -- text to ids --------------------------------------------------------------------------------------------------

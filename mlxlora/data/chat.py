@@ -14,6 +14,7 @@ from mlxlora.data.sample import Sample
 from mlxlora.data.spans import Rendered, Turn, TurnFinder, Unusable
 from mlxlora.data.template import ChatTemplate
 from mlxlora.data.thinking import stripped
+from mlxlora.errors import ConfigError
 from mlxlora.tokenizer import Encoding, Tokenizer
 
 
@@ -82,12 +83,20 @@ class ChatEncoder:
             spans = [Weighted(_moved(s.start, places), _moved(s.end, places), s.weight) for s in spans]
         weights = weigh(encoding, spans, self._control_ids)
         weights[:1] = 0.0  # nothing stands before it
-        trained = self._trained(conversation, rendered.turns)
-        return Encoded(
-            Sample(encoding.ids, weights),
-            dropped_thinking=rendered.dropped_thinking,
-            unended=sum(not turn.ended for turn, weight in trained if weight),
-        )
+        sample = Sample(encoding.ids, weights)
+        unended = [turn for turn, weight in self._trained(conversation, rendered.turns) if weight and not turn.ended]
+        if self.config.end_turns and unended and not rendered.text[rendered.turns[-1].end :].strip():
+            sample = self._ended(sample)
+            unended.pop()
+        return Encoded(sample, dropped_thinking=rendered.dropped_thinking, unended=len(unended))
+
+    def _ended(self, sample: Sample) -> Sample:
+        """The sample with the end-of-text token as its last, learned."""
+        eos = self.tokenizer.eos_id
+        if eos is None:
+            raise ConfigError("end_turns is set, but the tokenizer has no end-of-text token.")
+        tokens = np.append(sample.tokens, np.int32(eos)).astype(np.int32)
+        return Sample(tokens, np.append(sample.weights, np.float32(1)).astype(np.float32))
 
     def _trained(self, conversation: Conversation, turns: list[Turn]) -> list[tuple[Turn, float]]:
         """The assistant's turns, each with its loss weight."""

@@ -59,6 +59,8 @@ class SamplesConfig:
     """plain text: fill short samples with the next ones up to the window"""
     append_eos: bool = True
     """plain text: end each document with the end-of-text token"""
+    end_turns: bool = False
+    """end the last assistant turn with the end-of-text token where the template writes none"""
     prepend_bos: bool | None = None
     """plain text: begin each document with the beginning-of-text token (default: as the tokenizer does)"""
     allow_unusable: bool = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -146,40 +146,6 @@ class Dataset(Sequence[Sample]):
         rows = chosen if self._index is None else self._index[chosen]
         repeats = None if self.repeats is None else self.repeats[chosen]
         return Dataset(self._tokens, rows, repeats=repeats, unmasked=self.unmasked)
-
-
-@dataclass
-class Collector:
-    """Gathers samples into flat arrays in memory."""
-
-    names: list[str] = field(default_factory=list)
-    _tokens: list[IntArray] = field(default_factory=list)
-    _weights: list[npt.NDArray[np.float32]] = field(default_factory=list)
-    _places: list[tuple[int, int]] = field(default_factory=list)
-
-    def add(self, sample: Sample, source: int, line: int) -> None:
-        """Take one sample from line `line` of the source numbered `source`."""
-        self._tokens.append(sample.tokens)
-        self._weights.append(sample.weights)
-        self._places.append((source, line))
-
-    def finish(self) -> Tokens:
-        """The flat arrays."""
-        empty = np.zeros(0, np.int32)
-        weights = np.concatenate([empty.astype(np.float32), *self._weights])
-        levels, codes = np.unique(weights, return_inverse=True)
-        places = np.array(self._places, np.int64).reshape(-1, 2)
-        return Tokens(
-            tokens=np.concatenate([empty, *self._tokens]).astype(np.int32),
-            codes=codes.astype(np.uint8),
-            levels=levels.astype(np.float32),
-            offsets=np.cumsum([0, *(len(tokens) for tokens in self._tokens)]).astype(np.int64),
-            trained=np.array([np.count_nonzero(weights) for weights in self._weights], np.int32),
-            lines=places[:, 1],
-            sources=places[:, 0].astype(np.int32),
-            hashes=np.array([sample_hash(*pair) for pair in zip(self._tokens, self._weights, strict=True)], np.uint64),
-            names=tuple(self.names) or ("memory",),
-        )
 
 
 def sample_hash(tokens: IntArray, weights: npt.NDArray[np.float32]) -> int:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from mlxlora.data.problems import kind_of
 from mlxlora.data.records import (
     ROLES,
     Completion,
@@ -81,7 +82,7 @@ def read_messages(row: Row) -> Conversation:
 def messages_of(value: Any, field: str) -> list[Message]:
     """A list of messages. Raises RowError."""
     if not isinstance(value, list):
-        raise RowError(f"'{field}' must be an array of messages, not {_kind(value)}", _MESSAGE)
+        raise RowError(f"'{field}' must be an array of messages, not {kind_of(value)}", _MESSAGE)
     if not value:
         raise RowError(f"'{field}' is empty", "Give at least one message, or remove the row.")
     return [message_of(item, f"{field}[{index}]") for index, item in enumerate(value)]
@@ -90,12 +91,12 @@ def messages_of(value: Any, field: str) -> list[Message]:
 def message_of(item: Any, where: str) -> Message:
     """One message. Raises RowError."""
     if not isinstance(item, dict):
-        raise RowError(f"{where} must be an object, not {_kind(item)}", _MESSAGE)
+        raise RowError(f"{where} must be an object, not {kind_of(item)}", _MESSAGE)
     if "role" not in item:
         raise RowError(f"{where} has no 'role'.{nearest('role', list(item))}", _MESSAGE)
     role = item["role"]
     if not isinstance(role, str):
-        raise RowError(f"{where}.role must be a string, not {_kind(role)}", _MESSAGE)
+        raise RowError(f"{where}.role must be a string, not {kind_of(role)}", _MESSAGE)
     role = {"function": "tool", "ipython": "tool"}.get(role, role)
     if role not in ROLES:
         raise RowError(
@@ -107,7 +108,7 @@ def message_of(item: Any, where: str) -> Message:
         calls = tool_calls_of([item["function_call"]], f"{where}.function_call")
     thinking = next((item[key] for key in ("reasoning_content", "thinking", "reasoning") if item.get(key)), None)
     if thinking is not None and not isinstance(thinking, str):
-        raise RowError(f"{where}: reasoning must be a string, not {_kind(thinking)}")
+        raise RowError(f"{where}: reasoning must be a string, not {kind_of(thinking)}")
     content = content_of(item.get("content"), where, needed=not calls and thinking is None)
     return Message(
         role=role,
@@ -130,7 +131,7 @@ def content_of(value: Any, where: str, *, needed: bool) -> str:
         raise RowError(f"{where}.content is missing or null", "Give its text; only tool calls may go without.")
     if isinstance(value, list):
         return "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(value))
-    raise RowError(f"{where}.content must be a string, not {_kind(value)}", _MESSAGE)
+    raise RowError(f"{where}.content must be a string, not {kind_of(value)}", _MESSAGE)
 
 
 def _part(part: Any, where: str) -> str:
@@ -138,7 +139,7 @@ def _part(part: Any, where: str) -> str:
         return part
     if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    kind = part.get("type", "an object without a type") if isinstance(part, dict) else _kind(part)
+    kind = part.get("type", "an object without a type") if isinstance(part, dict) else kind_of(part)
     raise RowError(f"{where} is {kind}, not text", "Only text can be learned from; remove the part.")
 
 
@@ -146,9 +147,9 @@ def weight_of(item: Row, where: str) -> float | None:
     """`train: false` or `weight: 0.5` of a message. Raises RowError."""
     train, weight = item.get("train"), item.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise RowError(f"{where}.train must be true or false, not {_kind(train)}")
+        raise RowError(f"{where}.train must be true or false, not {kind_of(train)}")
     if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
-        raise RowError(f"{where}.weight must be a number, not {_kind(weight)}")
+        raise RowError(f"{where}.weight must be a number, not {kind_of(weight)}")
     if weight is not None and not 0 <= weight <= 100:
         raise RowError(f"{where}.weight is {weight}", "Give 0 to 100; 0 leaves the message out, 1 is usual.")
     if train is False:
@@ -161,7 +162,7 @@ def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise RowError(f"{where} must be an array, not {_kind(value)}", _CALL)
+        raise RowError(f"{where} must be an array, not {kind_of(value)}", _CALL)
     calls = []
     for index, item in enumerate(value):
         call = item.get("function", item) if isinstance(item, dict) else item
@@ -171,7 +172,7 @@ def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:
         if isinstance(arguments, str):
             arguments = _decoded(arguments, f"{where}[{index}].arguments")
         if not isinstance(arguments, dict):
-            raise RowError(f"{where}[{index}].arguments must be an object, not {_kind(arguments)}", _CALL)
+            raise RowError(f"{where}[{index}].arguments must be an object, not {kind_of(arguments)}", _CALL)
         made = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
         calls.append(made | ({"id": item["id"]} if isinstance(item.get("id"), str) else {}))
     return calls
@@ -214,7 +215,7 @@ def read_sharegpt(row: Row) -> Conversation:
     """`conversations`: from and value (or role and content under this name)."""
     turns = row.get("conversations", row.get("conversation"))
     if not isinstance(turns, list):
-        raise RowError(f"'conversations' must be an array, not {_kind(turns)}", _SHAREGPT)
+        raise RowError(f"'conversations' must be an array, not {kind_of(turns)}", _SHAREGPT)
     if not turns:
         raise RowError("'conversations' is empty", "Give at least one turn, or remove the row.")
     messages = []
@@ -235,7 +236,7 @@ def read_sharegpt(row: Row) -> Conversation:
             )
         text = turn.get("value")
         if not isinstance(text, str):
-            raise RowError(f"{where}.value must be a string, not {_kind(text)}", _SHAREGPT)
+            raise RowError(f"{where}.value must be a string, not {kind_of(text)}", _SHAREGPT)
         if role == "call":
             call = _decoded(text, f"{where}.value")
             calls = tool_calls_of(call if isinstance(call, list) else [call], f"{where}.value")
@@ -286,7 +287,7 @@ def read_question(row: Row) -> Record:
     )
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise RowError(f"'answer' must be a string or a number, not {_kind(answer)}")
+        raise RowError(f"'answer' must be a string or a number, not {kind_of(answer)}")
     return Question(asked, str(answer))
 
 
@@ -320,20 +321,15 @@ def read_document(row: Row) -> Document:
 def _text(row: Row, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
-        raise RowError(f"'{key}' must be a string, not {_kind(value)}", f"Give the text of '{key}'.")
+        raise RowError(f"'{key}' must be a string, not {kind_of(value)}", f"Give the text of '{key}'.")
     return value
 
 
 def _optional_text(item: Row, key: str, where: str) -> str | None:
     value = item.get(key)
     if value is not None and not isinstance(value, str):
-        raise RowError(f"{where}.{key} must be a string, not {_kind(value)}")
+        raise RowError(f"{where}.{key} must be a string, not {kind_of(value)}")
     return value
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "an array", str: "a string", bool: "a truth value", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _keys(row: Row) -> str:

@@ -76,4 +76,19 @@ class Question:
     answer: str
 
 
-Record = Conversation | Completion | Document | Preference | Judged | Question
+@dataclass(frozen=True, slots=True)
+class TextRun:
+    """Raw text as it stands: no template, control tokens recognised. `train`: whether it is learned."""
+
+    text: str
+    train: bool = True
+
+
+@dataclass(slots=True)
+class History:
+    """Conversations and raw text one after the other, in one sample."""
+
+    parts: list[Conversation | TextRun]
+
+
+Record = Conversation | Completion | Document | Preference | Judged | Question | History

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from mlxlora.data.chat import Encoded
 from mlxlora.data.config import SamplesConfig
+from mlxlora.data.records import TextRun
 from mlxlora.data.sample import Sample
 from mlxlora.tokenizer import Tokenizer
 
@@ -48,6 +50,23 @@ class TextEncoder:
         weights[:1] = 0.0
         return Sample(tokens, weights)
 
+    def run(self, part: TextRun) -> Encoded:
+        """Raw text inside a conversation: control tokens are recognised, nothing is added."""
+        ids = self.tokenizer.encode_ids([part.text], control=True)[0]
+        return Encoded(Sample(ids, np.full(len(ids), float(part.train), np.float32)))
+
+    def fitted(self, sample: Sample) -> Iterator[Sample]:
+        """Windows over a sample where windows are asked for, else the sample as it is."""
+        config = self.config
+        if config.fill or (config.too_long != "split" and config.window is None and config.stride is None):
+            yield sample
+        else:
+            yield from self.windows(sample)
+
+    def filler(self) -> Filler:
+        """Puts documents together until a window is full."""
+        return Filler(self.window)
+
     def windows(self, sample: Sample) -> Iterator[Sample]:
         """Windows over a sample; what the window before has seen is not learned again, only read."""
         size = self.window
@@ -67,6 +86,50 @@ class TextEncoder:
             if start + size >= len(sample.tokens):
                 return
             begin = start + size if stride == size else begin + stride
+
+
+class Filler:
+    """Fills windows with one document after the other; every token is learned once."""
+
+    def __init__(self, window: int) -> None:
+        """window: length in tokens."""
+        self.window = window
+        self._parts: list[Sample] = []
+        self._size = 0
+        self._line = 0
+
+    def add(self, sample: Sample, line: int) -> Iterator[tuple[Sample, int]]:
+        """Take a document of line `line`; yields the windows that are full, each with the line it begins in."""
+        if not self._parts:
+            self._line = line
+        self._parts.append(sample)
+        self._size += len(sample.tokens)
+        while self._size > self.window:
+            whole = joined(self._parts)
+            yield Sample(whole.tokens[: self.window], _first_unlearned(whole.weights[: self.window])), self._line
+            # the last token of a window stands at the beginning of the next, or the one after it had nothing before it
+            rest = Sample(whole.tokens[self.window - 1 :], whole.weights[self.window - 1 :])
+            self._parts, self._size, self._line = [rest], len(rest.tokens), line
+
+    def rest(self) -> Iterator[tuple[Sample, int]]:
+        """What is left at the end."""
+        if self._size > 1:
+            whole = joined(self._parts)
+            yield Sample(whole.tokens, _first_unlearned(whole.weights)), self._line
+        self._parts, self._size = [], 0
+
+
+def _first_unlearned(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    weights = weights.copy()
+    weights[:1] = 0.0
+    return weights
+
+
+def joined(samples: Sequence[Sample]) -> Sample:
+    """Samples one after the other as one."""
+    tokens = np.concatenate([np.zeros(0, np.int32), *(sample.tokens for sample in samples)])
+    weights = np.concatenate([np.zeros(0, np.float32), *(sample.weights for sample in samples)])
+    return Sample(tokens.astype(np.int32), _first_unlearned(weights.astype(np.float32)))
 
 
 def truncated(sample: Sample, length: int, bos_id: int | None) -> Sample:

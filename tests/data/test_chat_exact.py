@@ -9,7 +9,7 @@ import pytest
 from mlxlora.data.chat import ChatEncoder
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.formats import read_messages
-from mlxlora.data.load import named_template
+from mlxlora.data.known_templates import named_template
 from mlxlora.data.template import ChatTemplate
 from mlxlora.tokenizer import Tokenizer
 from tests.chat_families import MARKED, hf_tokenizer

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from mlxlora.errors import SHOWN, DataError, Problem
 
 KEPT = 1000  # problems kept; beyond, they are only counted
@@ -35,3 +37,15 @@ class Problems:
         """Raise DataError when there is anything to raise it for."""
         if self.items:
             raise DataError.of(headline, self.items)
+
+
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
+    names = {dict: "an object", list: "an array", str: "a string", bool: "a truth value", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def reason_of(error: BaseException | str) -> str:
+    """An error's message, to go on with after a colon."""
+    text = str(error) or type(error).__name__
+    return text[0].lower() + text[1:]

@@ -1,0 +1,216 @@
+"""Where data lies: files, directories, ZIP archives and hub data sets, with their splits and weights."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+from mlxlora.data.json_rows import Row
+from mlxlora.data.problems import Problems, reason_of
+from mlxlora.data.sources import READERS
+from mlxlora.errors import DataError, FormatError, nearest
+from mlxlora.files import zip_members
+
+SPLITS = {
+    "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
+    "test": "test", "eval": "test",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class File:
+    """One readable file: on disk, or a member of a ZIP archive.
+
+    name: what to call it in messages
+    suffix: decides the reader
+    weight: how often its rows are seen in an epoch
+    """
+
+    path: Path
+    name: str
+    suffix: str
+    member: str | None = None
+    weight: float = 1.0
+
+    @property
+    def size(self) -> int:
+        """Bytes, for progress; 0 when not known."""
+        return self.path.stat().st_size if self.member is None else 0
+
+    def rows(self, problems: Problems, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
+        """Read the file row by row; `on_bytes` is told now and then how far the reader is."""
+        try:
+            with self._open() as file:
+                for number, row in enumerate(READERS[self.suffix](file, self.name, problems)):
+                    yield row
+                    if on_bytes and number % 1000 == 0 and self.member is None and not file.closed:
+                        on_bytes(file.tell())
+        except (OSError, FormatError) as error:
+            problems.add(self.name, 0, f"cannot be read: {reason_of(error)}", "Check that the file is whole.")
+
+    @contextmanager
+    def _open(self) -> Iterator[BinaryIO]:
+        if self.member is None:
+            with self.path.open("rb") as file:
+                yield file
+        else:
+            for name, inside in zip_members(self.path):
+                if name == self.member:
+                    yield inside
+                    break
+
+
+@dataclass(frozen=True)
+class HubData:
+    """One split of a data set on the Hugging Face hub (or in a directory that the `datasets` library reads)."""
+
+    path: str
+    config: str | None
+    split: str
+    name: str
+    weight: float = 1.0
+    size: int = 0
+
+    def rows(self, problems: Problems, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
+        """Stream the rows; nothing is kept."""
+        data = _hub(self.path, self.config)[self.split]
+        try:
+            for number, value in enumerate(data, 1):
+                yield Row({str(key): item for key, item in value.items() if item is not None}, number)
+        except (OSError, ValueError) as error:
+            problems.add(self.name, 0, f"cannot be read: {reason_of(error)}", "Is the network there?")
+
+
+Place = File | HubData
+
+
+def find(sources: Sequence[str | Path]) -> dict[str, list[Place]]:
+    """The places behind some sources, by split (`train`, `valid`, `test`).
+
+    sources: paths (see `find_files`) or `hub:owner/name[@config]`, each optionally with `=WEIGHT`: how often its rows
+    are seen in an epoch.
+
+    Raises DataError.
+    """
+    found: dict[str, list[Place]] = {}
+    for source in sources:
+        text, weight = weighted(source)
+        if text.startswith("hub:"):
+            name, _, config = text.removeprefix("hub:").partition("@")
+            places: dict[str, list[Place]] = {}
+            for split in _hub(name, config or None):
+                role = SPLITS.get(split.split("_")[0].lower())
+                if role:
+                    places.setdefault(role, []).append(HubData(name, config or None, split, f"{text}:{split}", weight))
+            if "train" not in places:
+                raise DataError(f"{text}: the data set has no split named train.")
+        else:
+            places = {role: [*files] for role, files in find_files(Path(text), weight=weight).items()}
+        for role, items in places.items():
+            found.setdefault(role, []).extend(items)
+    return found
+
+
+def weighted(source: str | Path) -> tuple[str, float]:
+    """`PATH=2.5` as path and weight; without one the weight is 1. Raises DataError."""
+    text = str(source)
+    path, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return text, 1.0
+    try:
+        weight = float(number)
+    except ValueError:
+        return text, 1.0
+    if not 0 < weight <= 1000:
+        raise DataError(f"{text}: the weight is {number}; give more than 0, and at most 1000.")
+    return path, weight
+
+
+def _hub(name: str, config: str | None) -> dict[str, Any]:
+    """The splits of a hub data set, streamed."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"hub:{name}: hub data sets need the datasets library. Install it with `pip install 'mlxlora[datasets]'`."
+        ) from None
+    try:
+        return dict(datasets.load_dataset(name, config, streaming=True))
+    except Exception as error:  # the library raises whatever its parts raise
+        raise DataError(f"hub:{name}: the data set cannot be opened: {reason_of(error).splitlines()[0]}") from None
+
+
+def find_files(path: Path, *, weight: float = 1.0) -> dict[str, list[File]]:
+    """The files behind a path, by split (`train`, `valid`, `test`).
+
+    A file, a ZIP archive, or a directory. Names like `train.jsonl` or `valid-00001.parquet` say the split; in a
+    directory without them everything is training data. Raises DataError.
+    """
+    if not path.exists():
+        near = _siblings(path)
+        raise DataError(f"{path} does not exist.{near}")
+    if path.is_dir():
+        files = []
+        for item in sorted(path.rglob("*")):
+            inside = item.relative_to(path)
+            if any(part.startswith(".") for part in inside.parts) or not item.is_file():
+                continue
+            if item.suffix.lower() in READERS:
+                files.append(File(item, str(item), item.suffix.lower(), weight=weight))
+            elif item.suffix.lower() == ".zip":
+                files += _archive(item, weight)
+        if not files:
+            raise DataError(f"{path}: the directory holds no file that can be read ({_known()}).")
+        return _by_split(files, path)
+    if path.suffix.lower() == ".zip" or zipfile.is_zipfile(path):
+        return _by_split(_archive(path, weight), path)
+    if path.suffix.lower() not in READERS:
+        raise DataError(f"{path}: files named *{path.suffix} are not known. Known are {_known()}.")
+    return {"train": [File(path, str(path), path.suffix.lower(), weight=weight)]}
+
+
+def _known() -> str:
+    return ", ".join(f"*{suffix}" for suffix in [*READERS, ".zip"])
+
+
+def _siblings(path: Path) -> str:
+    try:
+        return nearest(path.name, [item.name for item in path.parent.iterdir()])
+    except OSError:
+        return ""
+
+
+def _archive(path: Path, weight: float) -> list[File]:
+    """The members of a ZIP archive that can be read, once the archive is known to be harmless. Nothing is unpacked."""
+    files = []
+    for member, _ in zip_members(path):
+        inside = PurePosixPath(member)
+        if inside.suffix.lower() in READERS and not any(part.startswith((".", "__")) for part in inside.parts):
+            files.append(File(path, f"{path}!{member}", inside.suffix.lower(), member, weight))
+    if not files:
+        raise DataError(f"{path}: the archive holds no file that can be read ({_known()}).")
+    return files
+
+
+def _by_split(files: list[File], path: Path) -> dict[str, list[File]]:
+    found: dict[str, list[File]] = {}
+    named = [file for file in files if _split_of(file)]
+    for file in named or files:
+        found.setdefault(_split_of(file) or "train", []).append(file)
+    if "train" not in found:
+        have = ", ".join(sorted(found))
+        raise DataError(f"{path}: there are files for {have}, but none for training (train.jsonl, …).")
+    return found
+
+
+def _split_of(file: File) -> str | None:
+    inside = PurePosixPath((file.member or file.path.name).replace("\\", "/"))
+    for word in (inside.name, *reversed(inside.parts[:-1])):
+        for part in (word.split(".")[0], word.split("-")[0].split(".")[0], word.split("_")[0].split(".")[0]):
+            if part.lower() in SPLITS:
+                return SPLITS[part.lower()]
+    return None
