@@ -81,6 +81,7 @@ def write(
     *,
     shard_bytes: int = SHARD_BYTES,
     parameters: int | None = None,
+    metadata: dict[str, str] | None = None,
     on_progress: Progress | None = None,
 ) -> list[Path]:
     """Write `tensors` as safetensors shards with their index, and empty the dictionary on the way.
@@ -89,6 +90,7 @@ def write(
     passes through at the cost of one shard (unless the caller holds it, too). A tensor larger than `shard_bytes` gets
     a shard of its own.
     parameters: what the index says about the size of the model (default: the sum of the tensors' sizes)
+    metadata:   of each shard (default: that its layout is MLX's)
     """
     plan: list[list[str]] = []
     size, total = 0, 0
@@ -108,7 +110,7 @@ def write(
         one = len(plan) == 1
         path = directory / ("model.safetensors" if one else f"model-{number:05d}-of-{len(plan):05d}.safetensors")
         shard = {name: tensors.pop(name) for name in names}
-        mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
+        mx.save_safetensors(str(path), shard, metadata=metadata or {"format": "mlx"})
         weight_map |= dict.fromkeys(names, path.name)
         paths.append(path)
         del shard

@@ -248,7 +248,11 @@ def model_directory(
     settings["torch_dtype"] = str(dtype).rsplit(".", 1)[-1]
     if quantize is not None:
         wanted = {"group_size": 32, "bits": 4, "mode": "affine", **quantize}
-        nn.quantize(built, **wanted)
+        nn.quantize(
+            built,
+            **wanted,
+            class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % wanted["group_size"] == 0,
+        )
         settings["quantization"] = settings["quantization_config"] = wanted
     tensors = dict(tree_flatten(built.parameters()))
     mx.save_safetensors(

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeVar
 from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
 from mlxlora.files import new_directory, refuse_existing, sync
 from mlxlora_convert.gguf_options import GGUFOptions
+from mlxlora_convert.hf_options import HuggingFaceOptions
 from mlxlora_convert.mlxlm_options import MlxLmOptions
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
@@ -59,6 +60,12 @@ class Format:
 
 # One entry a format.
 FORMATS: dict[str, Format] = {
+    "hf": Format(
+        "Hugging Face model",
+        write="huggingface:write",
+        read_back="huggingface:read_back",
+        options=("hf",),
+    ),
     "peft": Format(
         "Hugging Face PEFT adapter",
         write="peft_adapter:write",
@@ -187,6 +194,7 @@ def export(
     trust_remote_code: bool = False,
     peft: PeftOptions | None = None,
     gguf: GGUFOptions | None = None,
+    hf: HuggingFaceOptions | None = None,
     on_progress: Progress | None = None,
 ) -> ExportResult:
     """Write a model or an adapter in another program's format.
@@ -203,11 +211,12 @@ def export(
         trust_remote_code: allow code that the model directory brings along
         peft: options of `--to peft`
         gguf: options of `--to gguf`
+        hf: options of `--to hf`
 
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
     chosen = _format(to, "write")
-    options = _options(f"--to {to}", chosen.options, peft=peft, gguf=gguf)
+    options = _options(f"--to {to}", chosen.options, peft=peft, gguf=gguf, hf=hf)
     if chosen.adapter and not adapter:
         raise ConfigError(f"--to {to} writes an adapter, and none was given: name one with --adapter.")
     out = Path(out)

@@ -189,7 +189,7 @@ class Names:
     def to_hf(self, path: str) -> str:
         """The path in transformers of an MLX module that is no expert."""
         for rule in self.family.renames:
-            if (found := _fit(rule.mlx, path)) is not None:
+            if (found := fit(rule.mlx, path)) is not None:
                 return rule.hf.format(**found)
         return path
 
@@ -199,26 +199,26 @@ class Names:
             rule.mlx.format(**found)
             for rule in self.family.renames
             for name in (rule.hf, *rule.older)
-            if (found := _fit(name, path)) is not None
+            if (found := fit(name, path)) is not None
         ]
         return list(dict.fromkeys([*candidates, path]))
 
     def is_parameter(self, hf_path: str) -> bool:
         """Whether transformers holds this module's weight as a bare parameter."""
-        return any(_fit(pattern, hf_path) is not None for pattern in self.family.parameters)
+        return any(fit(pattern, hf_path) is not None for pattern in self.family.parameters)
 
     def expert(self, path: str) -> ExpertPlace | None:
         """The place of an MLX module that is a stacked projection of experts, else None."""
         holder, _, projection = path.rpartition(".")
         for experts in self.family.experts:
-            if projection in PROJECTIONS and (found := _fit(experts.mlx, holder)) is not None:
+            if projection in PROJECTIONS and (found := fit(experts.mlx, holder)) is not None:
                 return ExpertPlace(experts, experts.hf.format(**found), projection, path)
         return None
 
     def expert_holder(self, hf_path: str) -> tuple[Experts, str] | None:
         """For a module of transformers that holds stacked experts: its rule and the MLX module that holds them."""
         for experts in self.family.experts:
-            if (found := _fit(experts.hf, hf_path)) is not None:
+            if (found := fit(experts.hf, hf_path)) is not None:
                 return experts, experts.mlx.format(**found)
         return None
 
@@ -226,7 +226,7 @@ class Names:
         """For a projection of one expert (`….experts.3.w1`): the MLX path of the stack, and the expert's number."""
         holder, _, name = hf_path.rpartition(".")
         for experts in self.family.experts:
-            if not experts.each or (found := _fit(experts.each, holder)) is None:
+            if not experts.each or (found := fit(experts.each, holder)) is None:
                 continue
             if name in experts.names:
                 layer = experts.mlx.format(**found)
@@ -237,7 +237,7 @@ class Names:
 def each_expert(place: ExpertPlace, number: int) -> str:
     """The path of one expert's projection as a module of its own. Raises UnsupportedError where there never was one."""
     experts = place.experts
-    found = _fit(experts.hf, place.holder)
+    found = fit(experts.hf, place.holder)
     if not experts.each or found is None:
         raise UnsupportedError(
             f"{place.mlx}: no version of transformers has a module for each of these experts. "
@@ -255,7 +255,7 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(text)
 
 
-def _fit(pattern: str, path: str) -> dict[str, str] | None:
+def fit(pattern: str, path: str) -> dict[str, str] | None:
     """What the placeholders of `pattern` stand for in `path`, or None where it does not fit."""
     match = _compiled(pattern).fullmatch(path)
     return match.groupdict() if match else None

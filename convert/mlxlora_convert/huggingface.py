@@ -1,0 +1,173 @@
+"""`--to hf`: a model directory that transformers loads, with adapters folded in and quantization undone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from mlxlora import architecture, checkpoint_names, hub, mlxlm, probe, weights
+from mlxlora import model as models
+from mlxlora.adapters import Adapters
+from mlxlora.adapters.inject import set_module
+from mlxlora.adapters.layer import Wrapper
+from mlxlora.errors import ModelError, Problem, UnsupportedError
+from mlxlora.quantize import dequantize
+from mlxlora_convert.checkpoint_layout import rules, to_checkpoint
+from mlxlora_convert.export import ExportJob
+from mlxlora_convert.hf_options import HuggingFaceOptions
+from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
+
+# how far the exported model may be from adapter-on-base on the probe text, in nats a token: rounding to its dtype
+LARGEST_KL = 0.01
+# and how far transformers' log-probabilities from ours: by the dtype that was written
+BOUNDS = {"float32": 5e-3, "float16": 0.1, "bfloat16": 0.5}
+
+
+def write(job: ExportJob) -> list[str]:
+    """Fill `job.out`. Raises UnsupportedError for an architecture whose checkpoint layout is not known.
+
+    The tensors are proven before they are written: mlx-lm's own `sanitize()` has to make of them, name by name and bit
+    by bit, the tensors that they were made from. What was written is loaded and held against the model on a probe text.
+    """
+    path = hub.find(job.base, revision=job.revision)
+    stored = architecture.read_config(path)
+    if stored.get("model_file") is not None:
+        raise UnsupportedError(f"{path} has a network of its own code ({stored['model_file']}): transformers has none.")
+    rules(stored)
+    dtype = job.option(HuggingFaceOptions).dtype
+    _prove(job, path, stored, dtype)
+    network, config = folded(job, path, dtype)
+    tensors = to_checkpoint(_tensors(network), config)
+    parameters = mlxlm.total_parameters(network)
+    del network
+    weights.write(job.out, tensors, parameters=parameters, metadata={"format": "pt"}, on_progress=job.on_progress)
+    _write_config(path, stored, config, job.out)
+    models.copy_files(path, job.out, (*models.TOKENIZER_FILES, *models.CARRIED))
+    notes = [] if "quantization" not in stored else ["Quantization was undone: the weights are its rounded values."]
+    return [*notes, *_check(job, path)]
+
+
+def folded(job: ExportJob, path: Path, dtype: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """The job's model with its adapters folded in and without quantization (lazy), and its configuration."""
+    network, config = models.load_network(path, trust_remote_code=job.trust_remote_code)
+    target = None if dtype is None else getattr(mx, dtype)
+    _adapted(job, path, network)
+    for place, layer in list(network.named_modules()):
+        if isinstance(layer, Wrapper):
+            set_module(network, place, layer.fuse(dequantize=True, dtype=target))
+    if any("scales" in module for _, module in network.named_modules()):
+        config = dequantize(network, config, target)
+    config = {key: value for key, value in config.items() if key not in ("quantization", "quantization_config")}
+    if target is not None:
+        network.set_dtype(target)
+        config = {**config, "dtype": dtype, "torch_dtype": dtype}
+    return network, config
+
+
+def _adapted(job: ExportJob, path: Path, network: nn.Module) -> None:
+    adapters = Adapters(network, lambda: models.fingerprint(path))
+    for spec in job.adapter:
+        adapters.add_spec(spec)
+
+
+def _tensors(network: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(network.parameters()))
+
+
+def _prove(job: ExportJob, path: Path, stored: dict[str, Any], dtype: str | None) -> None:
+    """Undo the export with mlx-lm's own code and compare: names, shapes and bits. One tensor in memory at a time."""
+    network, config = folded(job, path, dtype)
+    expected = _tensors(network)
+    given = to_checkpoint(expected, config)
+    fresh = mlxlm.build(config)  # some models rearrange themselves while they sanitize
+    back = mlxlm.sanitized(fresh, checkpoint_names.prepared(fresh, config, given))
+    del given
+    network.update(tree_map(lambda _: mx.array([]), network.parameters()))
+    problems = [Problem(name, "is lost on the way") for name in sorted(expected.keys() - back.keys())]
+    problems += [Problem(name, "is left over on the way") for name in sorted(back.keys() - expected.keys())]
+    names = sorted(expected.keys() & back.keys())
+    for number, name in enumerate(names, 1):
+        one, other = expected.pop(name), back.pop(name)
+        if one.shape != other.shape or one.dtype != other.dtype or not bool(mx.array_equal(one, other, equal_nan=True)):
+            problems.append(Problem(name, "does not come back as it was"))
+        del one, other
+        job.progress("checking the layout", number, len(names))
+    if problems:
+        raise UnsupportedError(
+            f"'{stored['model_type']}' cannot be exported: mlx-lm does not read the checkpoint back as this model.\n"
+            + "\n".join(f"  {problem}" for problem in problems[:20])
+        )
+
+
+def _write_config(path: Path, stored: dict[str, Any], config: dict[str, Any], out: Path) -> None:
+    """config.json byte for byte where nothing of it changes."""
+    changed: dict[str, Any] = {
+        key: config.get(key)
+        for key in ("dtype", "torch_dtype", "quantization", "quantization_config")
+        if key in stored and config.get(key) != stored[key]
+    }
+    if not changed:
+        (out / "config.json").write_bytes((path / "config.json").read_bytes())
+        return
+    kept = {key: changed.get(key, value) for key, value in stored.items() if changed.get(key, value) is not None}
+    (out / "config.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _check(job: ExportJob, path: Path) -> list[str]:
+    """Load what was written, hold it against the model with its adapters. Raises ModelError when it is another one."""
+    if not (job.out / "tokenizer.json").exists():
+        return ["Not compared on a probe text: the model has no tokenizer.json."]
+    tokenizer = models.load_tokenizer(job.out)
+    config = architecture.text_config(architecture.read_config(job.out))
+    ids = probe.tokens(tokenizer, int(config.get("vocab_size", tokenizer.vocab_size)))
+
+    def source() -> nn.Module:
+        network, _ = models.load_network(path, trust_remote_code=job.trust_remote_code)
+        _adapted(job, path, network)
+        return network
+
+    before = probe.streamed_log_probs(source, ids)
+    after = probe.streamed_log_probs(lambda: models.load_network(job.out)[0], ids)
+    difference = probe.compare(before, after, ids)
+    if difference.kl > LARGEST_KL:
+        raise ModelError(
+            f"The exported model is not the one it was made from: {difference}. Nothing was written. "
+            "Where its dtype is too narrow for the adapter, try --hf.dtype float32."
+        )
+    return [f"Loaded again: {difference}"]
+
+
+def read_back(job: ExportJob, expected: Probe) -> ReadBack:
+    """Run transformers on what was written. Raises NotReadBack where torch and transformers are not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise NotReadBack("Not read back by transformers: torch is not installed (pip install torch).")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, said = AutoModelForCausalLM.from_pretrained(
+            str(job.out), dtype=torch.float32, trust_remote_code=False, output_loading_info=True
+        )
+    except Exception as error:  # transformers raises whatever it likes for a model that it does not have
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise NotReadBack(f"Not read back: transformers does not load this model: {reason[:200]}") from None
+    wrong = [*said["missing_keys"], *said["unexpected_keys"], *said["mismatched_keys"]]
+    if wrong:
+        raise ModelError(f"transformers does not find the tensors it expects: {', '.join(map(str, wrong[:5]))}.")
+    with torch.no_grad():
+        logits = model.eval()(torch.tensor([expected.tokens])).logits[0].float()
+        theirs = torch.log_softmax(logits, dim=-1).numpy()
+    config = architecture.read_config(job.out)
+    bound = BOUNDS.get(str(config.get("dtype", config.get("torch_dtype"))), BOUNDS["bfloat16"])
+    seen = expected.compare("transformers", theirs, bound)
+    known = architecture.silently_wrong(architecture.spelled_both_ways(config))
+    if seen.difference > bound and known:
+        raise NotReadBack(f"{seen}: mlx-lm computes this model otherwise than transformers. {known[0]}")
+    return seen

@@ -1,0 +1,103 @@
+"""In from transformers, out to transformers: the same logits, and tensor for tensor the same checkpoint."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlxlora_convert import checkpoint_layout
+from mlxlora_convert.export import export
+
+from mlxlora import architecture, model, weights
+from mlxlora.convert import LARGEST_KL, convert
+from tests import tiny
+
+pytestmark = pytest.mark.parity
+torch = pytest.importorskip("torch", reason="pip install torch transformers")
+
+TOKENS = [1, 70, 300, 5, 9, 41, 7, *range(20, 60)]
+FAMILIES = sorted(set(tiny.FAMILIES) & set(checkpoint_layout.FAMILIES))
+# mlx-lm takes the exact GELU for its tanh form, or rounds where transformers does not
+LOOSE = {"gemma": 5e-3, "gemma3_text": 2e-3, "starcoder2": 2e-3, "gpt_oss": 0.1}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+ROPES = [
+    ("llama", {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+               "original_max_position_embeddings": 128}),
+    ("llama", {"rope_type": "linear", "factor": 4.0}),
+    ("llama", YARN), ("qwen2", YARN), ("qwen3", YARN), ("gemma3_text", {"rope_type": "linear", "factor": 8.0}),
+]  # fmt: skip
+
+
+def theirs(directory: Path) -> np.ndarray:
+    import transformers
+
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    with torch.no_grad():
+        return np.array(loaded.eval()(torch.tensor([TOKENS])).logits[0])
+
+
+def ours(directory: Path) -> np.ndarray:
+    return np.array(model.load_network(directory)[0](mx.array([TOKENS]))[0])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_there_and_back(tmp_path: Path, family: str) -> None:
+    source = tiny.transformers_directory(tmp_path / "source", family)
+    result = convert(str(source), tmp_path / "mlx")
+    expected = theirs(source)
+    bound = LOOSE.get(family, 1e-4)
+    assert np.abs(expected - ours(tmp_path / "mlx")).max() < bound
+    assert result.reference is not None and result.reference.kl < bound
+    out = export(str(tmp_path / "mlx"), "hf", tmp_path / "hf")
+    if family == "gpt_oss":
+        assert any("YaRN" in note for note in out.notes)
+    else:
+        assert out.check is not None and out.check.reader == "transformers"
+    assert np.abs(theirs(tmp_path / "hf") - expected).max() < 1e-6
+    before, after = weights.read(source), weights.read(tmp_path / "hf")
+    if family == "gpt2":
+        before = {name.removeprefix("transformer."): tensor for name, tensor in before.items()}
+    assert before.keys() - {"lm_head.weight"} == after.keys() - {"lm_head.weight"}
+    assert all(mx.array_equal(before[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize(("family", "scaling"), ROPES)
+def test_rope_of_every_spelling(tmp_path: Path, family: str, scaling: dict[str, object]) -> None:
+    source = tiny.transformers_directory(tmp_path / "source", family, rope_scaling=scaling)
+    assert "rope_theta" not in architecture.read_config(source)  # transformers 5 spells it the new way alone
+    convert(str(source), tmp_path / "mlx", check=False)
+    expected = theirs(source)
+    assert np.abs(expected - ours(tmp_path / "mlx")).max() < LOOSE.get(family, 1e-4)
+    assert np.abs(expected - theirs(tmp_path / "mlx")).max() < 1e-6  # and reads what we wrote in both
+
+
+def test_torch_files_come_in_by_the_safe_loader(tmp_path: Path) -> None:
+    from mlxlora.errors import ModelError
+
+    source = tiny.transformers_directory(tmp_path / "source", "llama")
+    tensors = {name: np.array(tensor) for name, tensor in weights.read(source).items()}
+    expected = ours(source)
+    (source / "model.safetensors").unlink()
+    state = {name: torch.from_numpy(array) for name, array in tensors.items()}
+    state["lm_head.weight"] = state["lm_head.weight"].to(torch.bfloat16)
+    torch.save(state, source / "pytorch_model.bin")
+    convert(str(source), tmp_path / "mlx", check=False)
+    assert np.abs(expected - ours(tmp_path / "mlx")).max() < 0.05
+
+    class Evil:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"x": Evil()}, source / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="safe loader"):
+        convert(str(source), tmp_path / "evil")
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "evil").exists()
+
+
+def test_windows_beyond_the_probe_are_warned_of_and_measured(tmp_path: Path) -> None:
+    source = tiny.transformers_directory(tmp_path / "source", "mistral", sliding_window=16)
+    result = convert(str(source), tmp_path / "mlx")
+    assert result.reference is not None and result.reference.kl > LARGEST_KL
+    assert "window of 16" in result.warnings[0]
