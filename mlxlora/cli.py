@@ -41,6 +41,11 @@ VERBS: dict[str, Verb] = {
     "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),
     "doctor": Verb("mlxlora.doctor:doctor", "look at this machine: versions, memory, speed, what is missing"),
     "import": Verb("mlxlora_convert.export:import_", "read an adapter or a model of another program", ("source",)),
+    "upload": Verb(
+        "mlxlora_convert.upload:upload",
+        "send an adapter or a model to the Hugging Face hub, private by default",
+        ("source",),
+    ),
 }
 """In the order in which a person meets them. A verb of two words (`data check`) is found by both."""
 
