@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import importlib
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mlxlora.errors import ConfigError, MlxLoraError, nearest
+from mlxlora.errors import ConfigError, Interrupted, MlxLoraError, nearest
 from mlxlora.files import plain
 from mlxlora.version import __version__
 
@@ -257,13 +258,21 @@ def execute(function: Callable[..., Any], arguments: dict[str, Any], as_json: bo
 
             control = arguments["control"] = Control()
             with control.signals():
-                result = function(**arguments)
+                try:
+                    result = function(**arguments)
+                except KeyboardInterrupt:
+                    if control.signum is None:
+                        raise
+                    raise Interrupted(
+                        f"stopped at once by {signal.Signals(control.signum).name}; what was saved before is whole.",
+                        control.signum,
+                    ) from None
         else:
             result = function(**arguments)
     if as_json:
         print(json.dumps(plain(result), ensure_ascii=False, indent=2))
     elif result is not None:
         print(result)
-    if control is not None and control.signum is not None:
+    if control is not None and control.signum is not None and getattr(result, "reason", "stopped") == "stopped":
         return 128 + control.signum
     return 0

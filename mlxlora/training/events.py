@@ -139,6 +139,8 @@ class Control:
 
     def __init__(self) -> None:
         self.stopping = False
+        self.running = False
+        """whether steps are being made, so that a stop has something to save"""
         self.signum: int | None = None
         self._save = threading.Event()
 
@@ -159,7 +161,10 @@ class Control:
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Within the block, SIGINT, SIGTERM and SIGHUP stop the run; a second one raises KeyboardInterrupt at once."""
+        """Within the block, SIGINT, SIGTERM and SIGHUP stop the run after its step, and save it.
+
+        A second one, or one before the first step, raises KeyboardInterrupt at once.
+        """
         names = ("SIGINT", "SIGTERM", "SIGHUP")
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         if threading.current_thread() is not threading.main_thread():
@@ -167,9 +172,10 @@ class Control:
             return
 
         def handle(signum: int, frame: FrameType | None) -> None:
-            if self.stopping:
-                raise KeyboardInterrupt
+            at_once = self.stopping or not self.running
             self.stop(signum)
+            if at_once:
+                raise KeyboardInterrupt
 
         before = {number: signal.signal(number, handle) for number in numbers}
         try:

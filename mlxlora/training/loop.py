@@ -102,6 +102,8 @@ class Counters:
     best_loss: float | None = None
     best_step: int | None = None
     without_better: int = 0
+    owes_validation: bool = False
+    """a stop came before the validation of this step was through"""
     losses: list[float] = field(default_factory=list)
     """of the last 50 steps"""
 
@@ -194,34 +196,40 @@ class Trainer:
             trainable_parameters=sum(value.size for value in self.parameters.values()),
             total_parameters=count_weights(self.network),
         )
+        self.control.running = True
+        reason: Reason | None = None
         if self.step == 0:
             yield from self.validate(first=True)
             yield from self.show_samples()
-        reason: Reason = "done"
-        while self.step < self.optimizer.steps:
+        else:
+            if self.counters.owes_validation:
+                yield from self.validate()
+            reason = self.stop_reason()  # killed between its last save and its end
+        while reason is None and self.step < self.optimizer.steps:
+            if self.asked_to_stop():  # during the validation before the first step, or the one that was owed
+                reason = "stopped"
+                yield from self.save()
+                break
             self.one_step()
-            stop: Reason | None = None
-            if self.control.stopping:
-                stop = "stopped"
             due = self.validation_due()
-            if due or stop or self.save_due() or len(self.pending) >= self.config.report_every:
+            if due or self.asked_to_stop() or self.save_due() or len(self.pending) >= self.config.report_every:
                 yield from self.report()
             if due:
                 yield from self.validate()
             if self.step == self.optimizer.steps or self.step % (self.config.sample_every or self.optimizer.steps) == 0:
                 yield from self.show_samples()
-            stop = stop or self.stop_reason() or ("stopped" if self.control.stopping else None)
-            if self.save_due() or self.control.take_save() or stop or self.step == self.optimizer.steps:
+            last_step = self.step == self.optimizer.steps
+            reason = self.stop_reason() or ("stopped" if self.asked_to_stop() and not last_step else None)
+            if self.save_due() or self.control.take_save() or reason or last_step:
                 yield from self.report()
                 yield from self.save()
-            if stop:
-                reason = stop
+            if reason:
                 break
             yield from self.rest()
         last = self.counters.losses[-1] if self.counters.losses else None
         yield Finished(
-            self.step, self.epoch_now(), reason, last, self.counters.best_loss, self.counters.best_step,
-            self.elapsed, mx.get_peak_memory(),
+            self.step, self.epoch_now(), reason or self.last_reason(), last, self.counters.best_loss,
+            self.counters.best_step, self.elapsed, mx.get_peak_memory(),
         )  # fmt: skip
 
     def epochs_of(self, steps: int) -> float:
@@ -346,7 +354,11 @@ class Trainer:
         if self.validation is None:
             return
         started = time.monotonic()
-        loss, tokens = evaluate(self.engine, self.objective, self.validation)
+        measured = evaluate(self.engine, self.objective, self.validation, self.asked_to_stop)
+        self.counters.owes_validation = measured is None
+        if measured is None:  # a stop does not wait for a long validation; it comes when the run goes on
+            return
+        loss, tokens = measured
         best = False
         if not first:
             best = self.counters.best_loss is None or loss < self.counters.best_loss
@@ -360,6 +372,14 @@ class Trainer:
         if best:
             yield from self.save()
         self.reported += time.monotonic() - started  # so that tokens per second count training alone
+
+    def asked_to_stop(self) -> bool:
+        """Whether a signal, a callback or another thread asked the run to stop."""
+        return self.control.stopping
+
+    def last_reason(self) -> Reason:
+        """Why a run ended that took all its steps: a validation may still be owed."""
+        return "stopped" if self.counters.owes_validation else "done"
 
     def show_samples(self) -> Iterator[Event]:
         """What the model answers to the held-out prompts now."""
@@ -445,10 +465,14 @@ def train(
     )  # fmt: skip
 
 
-def evaluate(engine: TrainingEngine, objective: Objective, batches: Batches) -> tuple[float, int]:
-    """Mean loss over all batches of epoch 0, and the number of trained tokens in them."""
+def evaluate(
+    engine: TrainingEngine, objective: Objective, batches: Batches, stop: Callable[[], bool] = lambda: False
+) -> tuple[float, int] | None:
+    """Mean loss over all batches of epoch 0, and the number of trained tokens in them; None when `stop` says so."""
     total, weight, tokens = 0.0, 0.0, 0
     for planned in batches.plan(0):
+        if stop():
+            return None
         value, count, _ = engine.evaluate(objective, batches.batch(planned))
         mx.eval(value, count)
         total += number(value)

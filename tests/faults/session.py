@@ -57,25 +57,54 @@ def settings(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(model: Path, data: Path, out: Path, options: dict[str, Any]) -> None:
-    """Train; said nothing, as a script would."""
-    import mlx.core as mx
-
+def run(model: Path, data: Path, out: Path, options: dict[str, Any], **more: Any) -> None:
+    """Train, saying nothing, as a script would."""
     from mlxlora.finetune import finetune
 
-    mx.set_default_device(mx.cpu)  # the bytes of a GPU's sums may differ from one time to the next
-    finetune(str(model), [str(data)], out, **settings(options))
+    finetune(str(model), [str(data)], out, **settings(options), **more)
+
+
+def flags(model: Path, data: Path, out: Path, options: dict[str, Any]) -> list[str]:
+    """The same run as words of the command line."""
+    words = ["train", "--model", str(model), "--data", str(data), "--out", str(out)]
+    for name, value in ({"samples.max_length": 96, "adapter.rank": 4, "adapter.alpha": 8.0} | options).items():
+        words += [f"--{name}", str(value)]
+    return words
+
+
+def command(words: list[str], said: Path) -> None:
+    """`mlxlora WORDS`, with what it says in the file `said`."""
+    import os
+
+    from mlxlora.cli import main
+
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    sys.exit(main(words))
 
 
 def start(model: Path, data: Path, out: Path, options: dict[str, Any]) -> BaseProcess:
     """Begin a session in a process of its own."""
+    return begin(run, model, data, out, options)
+
+
+def begin(function: Any, *arguments: Any) -> BaseProcess:
+    """Begin a function of this module in a process of its own."""
     kind = "forkserver" if sys.platform == "linux" else "spawn"  # forking after import is no good on a Mac
     context = multiprocessing.get_context(kind)
     if kind == "forkserver":
         context.set_forkserver_preload(["tests.faults.preload"])
-    process = context.Process(target=run, args=(model, data, out, options))
+    process = context.Process(target=function, args=arguments)
     process.start()
     return process
+
+
+def steps(out: Path) -> int:
+    """How many steps have been reported so far."""
+    path = out / "metrics.jsonl"
+    return path.read_bytes().count(b'"event": "step"') if path.exists() else 0
 
 
 def told(out: Path) -> list[dict[str, Any]]:

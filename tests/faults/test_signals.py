@@ -1,0 +1,126 @@
+"""Signals: a checkpoint within one step, exit code 128 + n, and the same command goes on; a second stops at once."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlxlora.files import sha256
+from mlxlora.training.events import Control, Event, Step
+from tests import tiny
+from tests.faults import session
+from tests.faults.test_kill import whole
+
+LONG = {"training.steps": 100_000, "training.save_every": 10_000, "training.batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("signals")
+    tiny.model_directory(folder / "model", "qwen3")
+    session.rows(folder / "data.jsonl")
+    return folder
+
+
+def newest(out: Path) -> int:
+    return max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=-1)
+
+
+def interrupt(place: Path, out: Path, numbers: list[signal.Signals], after: int, options: dict[str, Any]) -> int:
+    """Send signals once `after` steps are reported. Returns the exit code."""
+    process = session.begin(
+        session.command, session.flags(place / "model", place / "data.jsonl", out, options), out.with_suffix(".said")
+    )
+    assert process.pid is not None
+    until = time.monotonic() + 120
+    while session.steps(out) < after and process.exitcode is None:
+        assert time.monotonic() < until, "the run does not get on"
+        time.sleep(0.02)
+    for number in numbers:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, number)
+        time.sleep(0.005)
+    process.join(timeout=60)
+    code = process.exitcode
+    assert code is not None, out.with_suffix(".said").read_text()
+    process.close()
+    return code
+
+
+long = pytest.mark.faults
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=long), pytest.param(signal.SIGHUP, marks=long)]
+)
+def test_a_signal_saves_and_says_so(place: Path, number: signal.Signals) -> None:
+    out = place / number.name
+    code = interrupt(place, out, [number], after=3, options=LONG)
+    said = out.with_suffix(".said").read_text()
+    assert code == 128 + number, said
+    assert newest(out) == session.steps(out) >= 3, "the checkpoint is that of the last step that was reported"
+    assert "stopped and saved; the same command goes on from here" in said and "Traceback" not in said
+    whole(out)
+    before = session.steps(out)
+    assert interrupt(place, out, [number], after=before + 2, options=LONG) == 128 + number
+    assert newest(out) == session.steps(out) >= before + 2
+
+
+def test_a_second_one_stops_at_once_without_damage(place: Path) -> None:
+    out = place / "twice"
+    code = interrupt(place, out, [signal.SIGINT, signal.SIGINT], after=3, options=LONG | {"training.save_every": 2})
+    assert code == 130, out.with_suffix(".said").read_text()
+    whole(out)
+    assert newest(out) >= 2
+    assert "Traceback" not in out.with_suffix(".said").read_text()
+
+
+def test_one_before_the_first_step_leaves_nothing(place: Path) -> None:
+    out = place / "early"
+    code = interrupt(place, out, [signal.SIGTERM], after=0, options=LONG)
+    assert code in (143, -signal.SIGTERM)  # the second: before the interpreter had come to our code
+    assert newest(out) == -1
+
+
+def test_a_stop_does_not_wait_for_a_validation_and_the_run_ends_the_same(place: Path) -> None:
+    options = {"training.steps": 8, "training.validate_every": 4, "training.save_every": 100, "adapter.dropout": 0.1}
+    paths = [place / "model", place / "data.jsonl"]
+    session.run(*paths, place / "calm", options)
+
+    def at(step: int) -> tuple[Control, list[Event]]:
+        control, events = Control(), []
+
+        def hear(event: Event) -> None:
+            events.append(event)
+            if isinstance(event, Step) and event.step == step:
+                control.stop()
+
+        session.run(*paths, place / "stopped", options, control=control, on_event=hear)
+        return control, events
+
+    for step in (4, 8):  # a validation is due after each of these
+        _, events = at(step)
+        assert not [e for e in events if type(e).__name__ == "Validation" and e.step == step]
+        state = json.loads((place / "stopped" / "checkpoints" / f"step-{step:07d}" / "state.json").read_text())
+        assert state["counters"]["owes_validation"]
+    at(-1)
+    assert session.told(place / "stopped") == session.told(place / "calm")
+    for name in ("adapter", "best"):
+        files = [place / run / name / "adapters.safetensors" for run in ("stopped", "calm")]
+        assert sha256(files[0]) == sha256(files[1])
+
+
+def test_the_python_api_installs_no_handlers(place: Path) -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    seen = []
+    session.run(
+        place / "model", place / "data.jsonl", place / "api", {"training.steps": 1},
+        on_event=lambda _: seen.append([signal.getsignal(number) for number in numbers]),
+    )  # fmt: skip
+    assert seen and all(handlers == before for handlers in seen)
