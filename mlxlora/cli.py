@@ -38,6 +38,8 @@ VERBS: dict[str, Verb] = {
     "generate": Verb("mlxlora.generate:generate", "let a model answer a prompt"),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
     "compare": Verb("mlxlora.compare:compare", "base and tuned side by side on held-out rows: is it better?"),
+    "fuse": Verb("mlxlora.fuse:fuse", "fold adapters into a model, and measure what that changed"),
+    "merge": Verb("mlxlora.merge:merge", "make one adapter of several", ("adapter",)),
     "export": Verb("mlxlora_convert.export:export", "write an adapter or a model in another program's format"),
     "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),
     "doctor": Verb("mlxlora.doctor:doctor", "look at this machine: versions, memory, speed, what is missing"),

@@ -5,8 +5,30 @@ import os
 import shutil
 import tempfile
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "MLXLORA_CACHE" not in os.environ:
     os.environ["MLXLORA_CACHE"] = tempfile.mkdtemp(prefix="mlxlora-cache-")
     atexit.register(shutil.rmtree, os.environ["MLXLORA_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture
+def stir():
+    """`stir(network, config, seed, size)`: inject an adapter and move every learned array away from its start."""
+    from tests.adapter_helpers import stir
+
+    return stir
+
+
+@pytest.fixture
+def close():
+    """`close(a, b, tolerance)`: two arrays agree, relative to the larger of 1 and the largest value."""
+    import mlx.core as mx
+
+    def check(a, b, tolerance=1e-5):
+        assert a.shape == b.shape
+        assert mx.abs(a - b).max().item() <= tolerance * max(1.0, mx.abs(b).max().item())
+
+    return check

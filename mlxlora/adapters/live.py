@@ -144,10 +144,18 @@ class Adapters:
         self._by_name: dict[str, LiveAdapter] = {}
         self._originals: dict[str, mx.array] = {}  # of the weights that adapters of type full change
 
-    def add(self, adapter: Adapter | str | Path, *, name: str | None = None, scale: float = 1.0) -> LiveAdapter:
+    def add(
+        self,
+        adapter: Adapter | str | Path,
+        *,
+        name: str | None = None,
+        scale: float = 1.0,
+        any_base: bool = False,
+    ) -> LiveAdapter:
         """Put an adapter, or the one in a directory or run, on the model.
 
-        name: how it will be called; when left out, after its directory
+        name:     how it will be called; when left out, after its directory
+        any_base: take it even when it was made for another model, as long as all shapes fit
         Raises AdapterError when it is damaged, does not fit the model, or when the name is taken.
         """
         path = None if isinstance(adapter, Adapter) else Path(adapter)
@@ -157,7 +165,7 @@ class Adapters:
         if name is not None and name in self._by_name:
             raise AdapterError(f"There is an adapter called '{name}' already. Give this one another name.")
         read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-        check_fits(self._network, read, base=self._base())
+        check_fits(self._network, read, base=None if any_base else self._base())
         kinds = {one.adapter.type for one in self} | {read.type}
         if {"full", "dora"} <= kinds:
             raise UnsupportedError("An adapter of type full and one of type dora cannot be on one model together.")

@@ -147,7 +147,7 @@ def assemble(layer: nn.Module, arrays: dict[str, mx.array], packed: Quantization
     for name in ("weight", "scales", "biases", "global_scale"):
         made.pop(name, None)
     for name, array in arrays.items():
-        made[name] = array
+        setattr(made, name, array)  # some are attributes of None in an empty layer, which an item would not replace
     if "bias" in layer:
         made["bias"] = layer["bias"]
     if packed is not None:

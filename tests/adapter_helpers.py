@@ -1,7 +1,6 @@
 """What the tests of adapters share."""
 
 import mlx.core as mx
-import pytest
 
 from mlxlora.adapters import inject
 from mlxlora.adapters.inject import get_module
@@ -18,17 +17,3 @@ def stir(network, config, seed=5, size=0.05):
             module[name] = old + size * mx.random.normal(old.shape, key=key)
     mx.eval(network.parameters())
     return injection
-
-
-@pytest.fixture(name="stir")
-def stir_fixture():
-    return stir
-
-
-@pytest.fixture
-def close():
-    def check(a, b, tolerance=1e-5):
-        assert a.shape == b.shape
-        assert mx.abs(a - b).max().item() <= tolerance * max(1.0, mx.abs(b).max().item())
-
-    return check
