@@ -82,6 +82,7 @@ class TurnFinder:
         self.style = Style.of(template.source)
         known = sorted(control_tokens, key=len, reverse=True)
         self._control = re.compile("|".join(re.escape(token) for token in known)) if known else None
+        self._suspicious = re.compile(f"{ESCAPE_OPEN}|{ESCAPE_CLOSE}" + "".join(f"|{re.escape(t)}" for t in known))
         self._numbers = {token: number for number, token in enumerate(known)}
         self._known = known
         self._exempt = {delimiter for pair in DELIMITERS for delimiter in pair} & set(known)
@@ -342,7 +343,7 @@ class TurnFinder:
 
     def _escaped(self, conversation: Conversation) -> tuple[Conversation, bool]:
         """The conversation with control tokens in its content spelled by private-use characters, if it has any."""
-        if self._control is None:
+        if self._control is None or not self._spells_control(conversation):
             return conversation, False
         count = 0
 
@@ -379,6 +380,15 @@ class TurnFinder:
         ]
         tools = walk(conversation.tools)
         return (Conversation(messages, tools), True) if count else (conversation, False)
+
+    def _spells_control(self, conversation: Conversation) -> bool:
+        """Whether any string of the conversation may need escaping."""
+        assert self._control is not None
+        found = self._suspicious.search
+        for message in conversation.messages:
+            if found(message.content) or message.thinking or message.tool_calls or message.name:
+                return True
+        return conversation.tools is not None
 
     def unescaped(self, text: str, alias: Any) -> tuple[str, list[tuple[int, int]]]:
         """The text with the template's control tokens under their aliases and the content's spelled as they were.

@@ -126,7 +126,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     through functions that look at the size first.
     """
 
-    intercepted_binops = frozenset({"+", "*", "**", "%"})
+    intercepted_binops = frozenset({"*", "**", "%"})  # `+` and `~` are replaced when the template is parsed
 
     def __init__(self, date: datetime.date) -> None:
         # unoptimised: the optimiser would compute constant expressions at compile time, outside of any bound
@@ -141,6 +141,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.concat = self.bounded  # type: ignore[method-assign]
         self.filters = {name: self._guarded(name, self.filters[name]) for name in FILTERS}
         self.filters["tojson"] = self._guarded("tojson", _tojson)
+        self.filters |= {"_tick": self.tick, "_joined": self.joined, "_added": self.added}
         moment = datetime.datetime(date.year, date.month, date.day, 12)
         self.globals = {
             "range": self.globals["range"],
@@ -155,15 +156,19 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         kinds = (jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)
         for node in tree.find_all(kinds):
             if isinstance(node, kinds):
-                node.body.insert(0, jinja2.nodes.ExprStmt(self._call("tick", []), lineno=node.lineno))
-        _replace_concatenations(tree, self)
+                look = self._function("_tick", jinja2.nodes.Const(None), [])
+                node.body.insert(0, jinja2.nodes.ExprStmt(look, lineno=node.lineno))
+        _replace_sums(tree, self)
         return tree
 
-    def _call(self, name: str, arguments: list[jinja2.nodes.Expr]) -> jinja2.nodes.Call:
-        function = jinja2.nodes.EnvironmentAttribute(name)
-        return jinja2.nodes.Call(function, arguments, [], None, None)
+    def _function(self, name: str, first: jinja2.nodes.Expr, rest: list[jinja2.nodes.Expr]) -> jinja2.nodes.Filter:
+        """A call of one of our own functions: as a filter, which Jinja compiles to a plain call."""
+        node = jinja2.nodes.Filter(first, name, rest, [], None, None)
+        node.set_lineno(first.lineno or 1)
+        node.set_environment(self)
+        return node
 
-    def tick(self) -> str:
+    def tick(self, _: Any = None) -> str:
         """Stop a rendering that takes too long."""
         if time.monotonic() > self.deadline:
             raise jinja2.TemplateRuntimeError(f"the template took longer than {SECONDS:g} seconds")
@@ -173,8 +178,24 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         """`a ~ b`, bounded."""
         return self.bounded(str(self.printable(part)) for part in parts)
 
+    def added(self, first: Any, *rest: Any) -> Any:
+        """`a + b + c`, bounded."""
+        if isinstance(first, str):
+            parts = (first, *rest)
+            if all(isinstance(part, str) for part in parts):
+                if sum(map(len, parts)) > CHARACTERS:
+                    self.check_size(CHARACTERS + 1)
+                return "".join(parts)
+        for part in rest:
+            if isinstance(first, (str, list, tuple)) and isinstance(part, (str, list, tuple)):
+                self.check_size(len(first) + len(part))
+            first = first + part
+        return first
+
     def printable(self, value: Any) -> Any:
         """`value` as it is, once it is known that writing it out stays below the limit."""
+        if value.__class__ is str:
+            return value
         if not isinstance(value, (str, int, float, bool, type(None))):
             self.check_size(_written_size(value, CHARACTERS + 1))
         return value
@@ -195,9 +216,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self.tick()
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "+" and isinstance(left, (str, list, tuple)):
-            self.check_size(len(left) + (len(right) if isinstance(right, (str, list, tuple)) else 0))
-        elif operator == "*":
+        if operator == "*":
             for one, other in ((left, right), (right, left)):
                 if isinstance(one, (str, list, tuple)) and isinstance(other, int):
                     self.check_arguments((other,), {})
@@ -274,26 +293,30 @@ class _Namespace(jinja2.utils.Namespace):
         jinja2.utils.Namespace.__init__(*args, **kwargs)
 
 
-def _replace_concatenations(node: jinja2.nodes.Node, environment: _Environment) -> None:
-    """Turn every `a ~ b` below `node` into a call of `environment.joined`."""
+def _replace_sums(node: jinja2.nodes.Node, environment: _Environment) -> None:
+    """Turn every `a + b + c` and `a ~ b` below `node` into one call of a bounded function."""
     for field, value in node.iter_fields():
         if isinstance(value, jinja2.nodes.Node):
-            _replace_concatenations(value, environment)
-            if isinstance(value, jinja2.nodes.Concat):
-                setattr(node, field, _join_call(value, environment))
+            setattr(node, field, _bounded_sum(value, environment))
+            _replace_sums(getattr(node, field), environment)
         elif isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, jinja2.nodes.Node):
-                    _replace_concatenations(item, environment)
-                    if isinstance(item, jinja2.nodes.Concat):
-                        value[index] = _join_call(item, environment)
+                    value[index] = _bounded_sum(item, environment)
+                    _replace_sums(value[index], environment)
 
 
-def _join_call(node: jinja2.nodes.Concat, environment: _Environment) -> jinja2.nodes.Call:
-    call = environment._call("joined", node.nodes)
-    call.set_lineno(node.lineno)
-    call.set_environment(environment)
-    return call
+def _bounded_sum(node: jinja2.nodes.Node, environment: _Environment) -> jinja2.nodes.Node:
+    if isinstance(node, jinja2.nodes.Concat):
+        return environment._function("_joined", node.nodes[0], list(node.nodes[1:]))
+    terms: list[jinja2.nodes.Expr] = []
+    first: jinja2.nodes.Node = node
+    while isinstance(first, jinja2.nodes.Add):
+        terms.insert(0, first.right)
+        first = first.left
+    if not terms or not isinstance(first, jinja2.nodes.Expr):
+        return node
+    return environment._function("_added", first, terms)
 
 
 def _written_size(value: Any, limit: int) -> int:
