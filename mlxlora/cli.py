@@ -36,6 +36,8 @@ VERBS: dict[str, Verb] = {
     "eval": Verb("mlxlora.evaluate:evaluate", "loss and perplexity on data, without and with adapters"),
     "chat": Verb("mlxlora.chat:chat", "talk to a model, and turn its adapters up and down while talking"),
     "generate": Verb("mlxlora.generate:generate", "let a model answer a prompt"),
+    "data check": Verb("mlxlora.data.check:check", "look at data: lengths, every token's loss, warnings", ("data",)),
+    "data convert": Verb("mlxlora.data.convert:convert", "write data as messages or ShareGPT", ("data",)),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
     "compare": Verb("mlxlora.compare:compare", "base and tuned side by side on held-out rows: is it better?"),
     "fuse": Verb("mlxlora.fuse:fuse", "fold adapters into a model, and measure what that changed"),

@@ -23,7 +23,7 @@ from mlxlora.data.sample import Batch
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
 
-GRAIN = 8  # row lengths are multiples of this
+GRAIN = 8  # lengths of packed rows are multiples of this
 POOL = 256  # batches whose samples are sorted by length together
 PADDING = 0.03  # share of padding that rounding up to a row length may cost
 POSITION_GRAIN = 64  # smallest size of P, and what its sizes are multiples of
@@ -167,8 +167,11 @@ def _pack(order: IntArray, lengths: IntArray, config: BatchConfig, random: np.ra
     """Rows of several samples: best fit, longest first, within pools of the shuffled order."""
     capacity = config.max_length
     total = int(lengths[order].sum()) if len(order) else 0
-    if total < capacity:
-        capacity = max(GRAIN, -(-total // GRAIN) * GRAIN)
+    if total:
+        # as few rows as can be, evenly filled: the last one is not left half empty
+        rows_needed = -(-total // capacity)
+        even = -(-int(total / rows_needed * 1.01 + 1) // GRAIN) * GRAIN
+        capacity = min(capacity, max(even, int(lengths[order].max())))
     rows_per_batch = (
         config.batch_size if config.tokens_per_batch is None else max(1, config.tokens_per_batch // capacity)
     )
@@ -215,7 +218,7 @@ def row_lengths(lengths: IntArray, count: int, *, padding: float = PADDING) -> I
     """
     if not len(lengths):
         return np.zeros(0, np.int32)
-    grain = max(GRAIN, -(-int(lengths.max()) // 512 // GRAIN) * GRAIN)
+    grain = -(-int(lengths.max()) // 512)  # at most 512 candidates
     sizes, samples = np.unique(-(-lengths.astype(np.int64) // grain) * grain, return_counts=True)
     if len(sizes) <= count:
         return sizes.astype(np.int32)

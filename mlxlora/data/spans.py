@@ -390,6 +390,16 @@ class TurnFinder:
                 return True
         return conversation.tools is not None
 
+    def without_end(self, text: str) -> str:
+        """A text without the control tokens and white space at its end."""
+        while self._control is not None:
+            text = text.rstrip()
+            last = next((token for token in self._known if text.endswith(token)), None)
+            if last is None:
+                break
+            text = text[: -len(last)]
+        return text
+
     def unescaped(self, text: str, alias: Any) -> tuple[str, list[tuple[int, int]]]:
         """The text with the template's control tokens under their aliases and the content's spelled as they were.
 

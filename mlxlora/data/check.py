@@ -1,0 +1,323 @@
+"""`mlxlora data check`: what a data set holds, what of it is learned, and what is suspicious about it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from mlxlora import hub
+from mlxlora.data.batches import plan_epoch
+from mlxlora.data.chat import ChatEncoder
+from mlxlora.data.config import BatchConfig, SamplesConfig
+from mlxlora.data.counts import Counts
+from mlxlora.data.dataset import Dataset
+from mlxlora.data.duplicates import Duplicates, digest, prompt_of
+from mlxlora.data.findings import Finding, Findings, texts_of
+from mlxlora.data.load import DataSplits, load
+from mlxlora.data.places import find
+from mlxlora.data.problems import Problems
+from mlxlora.data.reader import Encoder, FormatReader
+from mlxlora.data.records import Conversation, Record
+from mlxlora.data.show import Shown, for_page, for_terminal, shown
+from mlxlora.data.spans import Unusable
+from mlxlora.files import write_whole
+from mlxlora.model import load_tokenizer
+from mlxlora.tokenizer import Tokenizer
+
+LOOKED_AT = 50  # conversations on which the template's treatment of history is tried
+TERMINAL_TOKENS = 300  # of a sample on a terminal
+BINS = 12
+
+
+@dataclass(frozen=True)
+class DataCheck:
+    """What `mlxlora data check` found.
+
+    samples, tokens, trained_tokens: of the training data
+    lengths: shortest, median, 90th percentile and longest sample, in tokens
+    histogram: samples by length: (shortest, longest, how many)
+    unmasked: rows whose answer could not be located, and which are left out
+    padding, packed_padding: share of a batch that is padding, one sample a row and packed
+    steps: optimizer steps of an epoch with this batch size
+    findings: warnings
+    shown: some samples, token by token
+    """
+
+    data: tuple[str, ...]
+    model: str
+    formats: tuple[str, ...]
+    template: str
+    rows: int
+    samples: int
+    validation: int
+    tokens: int
+    trained_tokens: int
+    lengths: tuple[int, int, int, int]
+    histogram: tuple[tuple[int, int, int], ...]
+    unmasked: int
+    truncated: int
+    dropped: int
+    padding: float
+    packed_padding: float
+    steps: int
+    findings: tuple[Finding, ...]
+    shown: tuple[Shown, ...]
+    html: Path | None = None
+
+    def facts(self) -> list[tuple[str, str]]:
+        """The figures with their names."""
+        share = 100 * self.trained_tokens / max(1, self.tokens)
+        shortest, median, ninetieth, longest = self.lengths
+        return [
+            ("format", ", ".join(self.formats)),
+            ("template", self.template),
+            ("samples", f"{self.samples:,} to train on, {self.validation:,} for validation ({self.rows:,} rows)"),
+            ("tokens", f"{self.tokens:,}, of which {self.trained_tokens:,} are trained ({share:.0f} %)"),
+            ("length", f"{shortest:,} to {longest:,} tokens, median {median:,}, 90 % below {ninetieth:,}"),
+            ("left out", f"{self.dropped:,} too long, {self.unmasked:,} without an answer; {self.truncated:,} are cut"),
+            ("padding", f"{100 * self.padding:.1f} % ({100 * self.packed_padding:.1f} % with --samples.packing)"),
+            ("steps", f"{self.steps:,} an epoch"),
+        ]
+
+    def __str__(self) -> str:
+        colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+        lines = [f"{name:<14}{value}" for name, value in self.facts()]
+        most = max((count for *_, count in self.histogram), default=1) or 1
+        lines += ["", "lengths in tokens"]
+        lines += [f"  {low:>6}–{high:<6} {'█' * round(40 * n / most)} {n:,}" for low, high, n in self.histogram]
+        for sample in self.shown:
+            cut = replace(sample, pieces=sample.pieces[:TERMINAL_TOKENS])
+            cut = replace(cut, left_out=sample.left_out + len(sample.pieces) - len(cut.pieces))
+            head = f"── {sample.origin}: {sample.tokens:,} tokens, {sample.trained:,} trained"
+            lines += ["", head + ("" if colour else " (trained text in ⟦ ⟧)"), for_terminal(cut, colour=colour)]
+        lines += ["", f"{len(self.findings)} warning{'s' * (len(self.findings) != 1)}"]
+        lines += [f"  ! {finding}" for finding in self.findings]
+        if self.html:
+            lines.append(f"all of it as a page: {self.html}")
+        lines.append(f"train: mlxlora train --model {self.model} --data {' '.join(self.data)} --out RUN")
+        return "\n".join(lines)
+
+
+def check(
+    data: list[str],
+    *,
+    model: str,
+    samples: SamplesConfig = SamplesConfig(),  # noqa: B008 - frozen
+    batch_size: int = 4,
+    tokens_per_batch: int | None = None,
+    show: int = 3,
+    html: Path | None = None,
+    seed: int = 0,
+    trust_remote_code: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> DataCheck:
+    """Look at a data set as training will see it: counts, lengths, every token with its loss, and warnings.
+
+    Args:
+        data: files, directories or hub data sets, as for training
+        model: the model directory or hub id whose tokenizer and chat template are used
+        samples: how rows become samples, as for training
+        batch_size: rows of a batch, to estimate padding and steps
+        tokens_per_batch: tokens of a batch instead of a number of rows
+        show: how many samples are shown token by token
+        html: write all of it as a page that opens without a network
+        seed: of the validation split
+        trust_remote_code: allow the tokenizer to run Python code of its own
+
+    Raises DataError with every row that cannot be read (file:line).
+    """
+    tokenizer = load_tokenizer(hub.find(model), trust_remote_code=trust_remote_code)
+    splits = load(data, tokenizer, replace(samples, allow_unusable=True), seed=seed, on_progress=on_progress)
+    findings = Findings()
+    _look_at_samples(splits, tokenizer, samples, findings)
+    looker = _Looker(tokenizer, samples, findings)
+    looker.look(data, on_progress)
+    train, counts = splits.train, splits.counts["train"]
+    batches = BatchConfig(batch_size=batch_size, tokens_per_batch=tokens_per_batch, max_length=samples.max_length)
+    plan = plan_epoch(train.lengths, batches, seed=seed, epoch=0, repeats=train.repeats)
+    packed = plan_epoch(train.lengths, replace(batches, packing=True), seed=seed, epoch=0, repeats=train.repeats)
+    seen = int(train.lengths.sum()) if train.repeats is None else sum(
+        int(train.lengths[list(batch.samples)].sum()) for batch in plan
+    )  # fmt: skip
+    result = DataCheck(
+        data=tuple(str(item) for item in data),
+        model=model,
+        formats=tuple(sorted(set(splits.formats.values()))),
+        template=_template_name(tokenizer, samples, looker.encoder),
+        rows=counts.rows,
+        samples=len(train),
+        validation=len(splits.valid) if splits.valid else 0,
+        tokens=int(train.lengths.sum()),
+        trained_tokens=int(train.trained.sum()),
+        lengths=_quantiles(train),
+        histogram=_histogram(train),
+        unmasked=counts.unlocated,
+        truncated=counts.truncated,
+        dropped=counts.dropped,
+        padding=1 - seen / max(1, plan.tokens),
+        packed_padding=1 - seen / max(1, packed.tokens),
+        steps=len(packed if samples.packing else plan),
+        findings=findings.all,
+        shown=tuple(shown(train[index], tokenizer) for index in _chosen(train, show)),
+        html=html,
+    )
+    if html is not None:
+        html.parent.mkdir(parents=True, exist_ok=True)
+        bars = [(f"{low}–{high}", count) for low, high, count in result.histogram]
+        title = f"{', '.join(result.data)} with {model}"
+        write_whole(html, for_page(title, result.facts(), bars, [str(f) for f in result.findings], result.shown))
+    return result
+
+
+# -- warnings about samples -------------------------------------------------------------------------------------------
+
+
+def _look_at_samples(splits: DataSplits, tokenizer: Tokenizer, config: SamplesConfig, findings: Findings) -> None:
+    for counts in splits.counts.values():
+        _look_at_counts(counts, config, findings)
+    train, bos = splits.train, tokenizer.bos_id
+    for sample in train:
+        tokens = sample.tokens
+        if bos is not None and len(tokens) > 1 and tokens[0] == bos and tokens[1] == bos:
+            findings.add("double_bos", "a sample begins with two beginning-of-text tokens", sample.origin)
+    share = int(train.trained.sum()) / max(1, int(train.lengths.sum()))
+    if share < 0.05:
+        findings.add("mostly_prompt", f"only {100 * share:.1f} % of the tokens are trained")
+    if len(train) < 20:
+        findings.add("few", f"there are {len(train)} samples to train on")
+
+
+def _look_at_counts(counts: Counts, config: SamplesConfig, findings: Findings) -> None:
+    if counts.unended:
+        findings.add("no_end", f"{counts.unended:,} samples have a turn that no token ends", count=counts.unended)
+    if counts.dropped_thinking:
+        what = f"the template leaves out the reasoning of {counts.dropped_thinking:,} assistant turns"
+        findings.add("thinking", what, count=counts.dropped_thinking)
+    if counts.truncated:
+        what = f"{counts.truncated:,} samples are longer than {config.max_length:,} tokens and are cut"
+        findings.add("long", what, count=counts.truncated)
+    if counts.dropped:
+        what = f"{counts.dropped:,} samples are longer than {config.max_length:,} tokens and are left out"
+        findings.add("long", what, count=counts.dropped)
+    for problem in counts.listed:
+        kind = "untrained" if problem.what == "no token of it is learned" else "unlocated"
+        if "max_length" not in problem.what:
+            findings.add(kind, problem.what, problem.where)
+
+
+# -- warnings about rows ----------------------------------------------------------------------------------------------
+
+
+class _Looker:
+    """Reads the rows again, as people wrote them."""
+
+    def __init__(self, tokenizer: Tokenizer, config: SamplesConfig, findings: Findings) -> None:
+        self.config = config
+        self.findings = findings
+        self.encoder = Encoder(tokenizer, config)
+        self._tried = 0
+
+    def look(self, data: list[str], on_progress: Callable[[str, int, int], None] | None) -> None:
+        """Rows of all splits; validation rows are compared with training rows."""
+        places = find(data)
+        if self.config.validation is not None:
+            places["valid"] = find([self.config.validation])["train"]
+        rows: dict[bytes, str] = {}
+        prompts: dict[bytes, str] = {}
+        done, total = 0, sum(place.size for found in places.values() for place in found)
+        for split in ("train", "valid"):
+            duplicates = Duplicates()
+            for place in places.get(split, []):
+                reader = FormatReader(place.name, self.config, Problems())
+                for record, line in reader.records(place.rows(reader.problems)):
+                    where = f"{place.name}:{line}"
+                    self.findings.look(record, where)
+                    self._look_at_copies(record, where, duplicates)
+                    self._look_at_history(record, where)
+                    self._look_at_overlap(record, where, rows, prompts, train=split == "train")
+                done += place.size
+                if on_progress:
+                    on_progress("looking at the rows", done, total)
+
+    def _look_at_copies(self, record: Record, where: str, duplicates: Duplicates) -> None:
+        if copy := duplicates.copy_of(record, where):
+            kind, other = copy
+            like = "is the same as" if kind == "duplicate" else "is nearly the same as"
+            self.findings.add(kind, f"a row {like} another ({where} {like} {other})", where)
+
+    def _look_at_overlap(
+        self, record: Record, where: str, rows: dict[bytes, str], prompts: dict[bytes, str], *, train: bool
+    ) -> None:
+        whole = digest("\n".join(texts_of(record)))
+        prompt = prompt_of(record)
+        asked = digest(prompt) if prompt else None
+        if train:
+            rows[whole] = where
+            if asked:
+                prompts[asked] = where
+        elif whole in rows:
+            self.findings.add("overlap", f"a validation row is also trained on ({rows[whole]})", where)
+        elif asked and asked in prompts:
+            self.findings.add("same_prompt", f"a validation row asks what {prompts[asked]} asks", where)
+
+    def _look_at_history(self, record: Record, where: str) -> None:
+        """Does an answer read the same as history as it did when it was the last turn?"""
+        if not isinstance(record, Conversation) or self._tried >= LOOKED_AT:
+            return
+        said = [index for index, message in enumerate(record.messages) if message.role == "assistant"]
+        if len(said) < 2:
+            return
+        self._tried += 1
+        encoder = self.encoder.chat(tools=bool(record.tools))
+        if _changes_history(encoder, record, said[0]):
+            self.findings.add("history", "the template writes an answer differently once it is history", where)
+
+
+def _changes_history(encoder: ChatEncoder, conversation: Conversation, first: int) -> bool:
+    try:
+        whole = encoder.finder.find(conversation)
+        early = encoder.finder.find(replace(conversation, messages=conversation.messages[: first + 1]))
+    except Unusable:
+        return False
+    if not early.turns or not whole.turns:
+        return False
+    end = early.turns[-1].end
+    # how the turn ends may differ (<|return|> and <|end|>): that is no change of what was said
+    said = encoder.finder.without_end(early.text[:end])
+    return not whole.text.startswith(said)
+
+
+# -- figures ----------------------------------------------------------------------------------------------------------
+
+
+def _template_name(tokenizer: Tokenizer, config: SamplesConfig, encoder: Encoder) -> str:
+    if config.template:
+        return config.template
+    return "the model's own" if tokenizer.chat_templates else "none (plain text)"
+
+
+def _quantiles(data: Dataset) -> tuple[int, int, int, int]:
+    shortest, median, ninetieth, longest = np.quantile(data.lengths, [0, 0.5, 0.9, 1], method="lower")
+    return int(shortest), int(median), int(ninetieth), int(longest)
+
+
+def _histogram(data: Dataset) -> tuple[tuple[int, int, int], ...]:
+    """Samples by length, in steps that are equal or, for a wide range, grow."""
+    low, high = data.shortest, data.longest
+    edges = np.geomspace(low, high + 1, BINS + 1) if high > 8 * low else np.linspace(low, high + 1, BINS + 1)
+    edges = np.unique(edges.round().astype(int))
+    counts, _ = np.histogram(data.lengths, edges)
+    pairs = zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True)
+    return tuple((begin, end - 1, count) for begin, end, count in pairs)
+
+
+def _chosen(data: Dataset, count: int) -> Iterator[int]:
+    """The samples to show: spread over the lengths."""
+    order = np.argsort(data.lengths, kind="stable")
+    places = np.linspace(0, max(0, len(order) - 1), min(count, len(order)) + 2)[1:-1]
+    yield from (int(order[round(place)]) for place in places.tolist())

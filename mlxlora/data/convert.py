@@ -1,0 +1,262 @@
+"""`mlxlora data convert`: any readable data set as messages JSONL or as ShareGPT."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from mlxlora.data.config import SamplesConfig
+from mlxlora.data.formats import SHAREGPT_ROLES, RowError
+from mlxlora.data.json_rows import Row
+from mlxlora.data.places import Place, find
+from mlxlora.data.problems import Problems
+from mlxlora.data.reader import FormatReader
+from mlxlora.data.records import ROLES, Completion, Conversation, Message, Question, Record
+from mlxlora.errors import InputError
+from mlxlora.files import sync
+
+Form = Literal["messages", "sharegpt"]
+Roles = Literal["strict", "coerce", "drop"]
+
+ALIASES = {
+    "human": "user", "person": "user", "customer": "user", "client": "user", "question": "user", "prompter": "user",
+    "gpt": "assistant", "bot": "assistant", "model": "assistant", "ai": "assistant", "agent": "assistant",
+    "chatgpt": "assistant", "answer": "assistant", "instruction": "system", "context": "system",
+    "function": "tool", "observation": "tool", "ipython": "tool", "function_response": "tool",
+}  # fmt: skip
+"""What unknown roles are taken for by `--roles coerce`; any other becomes user."""
+
+SHAREGPT_NAMES = {"user": "human", "assistant": "gpt", "system": "system", "developer": "system", "tool": "tool"}
+
+
+@dataclass(frozen=True)
+class DataConversion:
+    """What `mlxlora data convert` wrote.
+
+    rows: written, all files together
+    coerced, dropped: messages whose unknown role was replaced, or that were left out
+    """
+
+    out: Path
+    form: str
+    rows: int
+    files: tuple[Path, ...]
+    coerced: int = 0
+    dropped: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{self.rows:,} rows as {self.form}: {', '.join(map(str, self.files))}"]
+        if self.coerced:
+            lines.append(f"{self.coerced:,} messages of unknown roles were given one of {', '.join(ROLES)}")
+        if self.dropped:
+            lines.append(f"{self.dropped:,} messages of unknown roles were left out")
+        lines.append(f"look at it: mlxlora data check {self.out} --model DIR")
+        return "\n".join(lines)
+
+
+def convert(
+    data: list[str],
+    *,
+    out: Path,
+    to: Form = "messages",
+    roles: Roles = "strict",
+    columns: dict[str, str] | None = None,
+    overwrite: bool = False,
+    on_progress: Callable[[str, int, int], None] | None = None,
+) -> DataConversion:
+    """Write a data set in one format, whatever it is in.
+
+    Args:
+        data: files, directories, archives or hub data sets
+        out: a file (*.jsonl: one row a line; *.json: one array), or a directory, which gets a file for each split
+        to: messages (OpenAI, Hugging Face) or sharegpt
+        roles: what to do with messages of unknown roles: refuse them, coerce them to a known role, or drop them
+        columns: keys of your rows by ours, such as {prompt: question, completion: answer}
+        overwrite: replace files that exist
+
+    Raises DataError with every row that cannot be converted (file:line); then nothing is written.
+    """
+    places = find(data)
+    targets = _targets(places, out)
+    existing = [path for path in targets.values() if path.exists()]
+    if existing and not overwrite:
+        raise InputError(f"{existing[0]} exists already. Choose another place, or give --overwrite.")
+    config = SamplesConfig(columns=columns or {})
+    policy = _RolePolicy(roles)
+    problems = Problems()
+    done, total, rows = 0, sum(place.size for found in places.values() for place in found), 0
+    with _Files(targets) as files:
+        for split, target in targets.items():
+            for place in places[split]:
+                for record in _records(place, config, policy, problems):
+                    files.write(target, as_messages(record) if to == "messages" else as_sharegpt(record))
+                    rows += 1
+                done += place.size
+                if on_progress:
+                    on_progress("converting", done, total)
+        problems.raise_any("Some rows cannot be converted:")
+        files.publish()
+    return DataConversion(out, to, rows, tuple(targets.values()), policy.coerced, policy.dropped)
+
+
+def _targets(places: dict[str, list[Place]], out: Path) -> dict[str, Path]:
+    """The file of each split."""
+    if out.suffix in (".json", ".jsonl"):
+        if len(places) > 1:
+            raise InputError(f"the data has the splits {', '.join(places)}; give a directory with --out, not one file.")
+        return {"train": out}
+    if out.suffix and not out.is_dir():
+        raise InputError(f"--out {out} must end in .jsonl or .json, or be a directory.")
+    return {split: out / f"{split}.jsonl" for split in places}
+
+
+# -- roles ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _RolePolicy:
+    """Replaces or drops messages of unknown roles before the row is read."""
+
+    policy: Roles
+    coerced: int = 0
+    dropped: int = 0
+
+    def __call__(self, row: Row) -> Row:
+        if self.policy == "strict":
+            return row
+        value = dict(row.value)
+        for key, name in (("messages", "role"), ("conversations", "from"), ("conversations", "role")):
+            turns = value.get(key)
+            if isinstance(turns, list):
+                value[key] = [kept for turn in turns for kept in self._turn(turn, name)]
+        return Row(value, row.line)
+
+    def _turn(self, turn: Any, name: str) -> list[Any]:
+        role = turn.get(name) if isinstance(turn, dict) else None
+        known = SHAREGPT_ROLES if name == "from" else {*ROLES, "function", "ipython"}
+        if not isinstance(role, str) or role in known:
+            return [turn]
+        if self.policy == "drop":
+            self.dropped += 1
+            return []
+        self.coerced += 1
+        spelled = role.strip().lower()
+        new = spelled if spelled in ROLES else ALIASES.get(spelled, "user")
+        return [{**turn, name: SHAREGPT_NAMES[new] if name == "from" else new}]
+
+
+# -- rows -------------------------------------------------------------------------------------------------------------
+
+
+def _records(place: Place, config: SamplesConfig, policy: _RolePolicy, problems: Problems) -> Iterator[Conversation]:
+    reader = FormatReader(place.name, config, problems)
+    for record, line in reader.records(policy(row) for row in place.rows(problems)):
+        try:
+            yield conversation_of(record)
+        except RowError as error:
+            problems.add(place.name, line, error.what, error.advice)
+        if problems.enough:
+            return
+
+
+def conversation_of(record: Record) -> Conversation:
+    """A record as a conversation. Raises RowError for those that are none."""
+    match record:
+        case Conversation():
+            return record
+        case Completion(prompt, completion):
+            return Conversation([*_asked(prompt), Message("assistant", completion)])
+        case Question(str() as prompt, answer):
+            return Conversation([*_asked(prompt), Message("assistant", answer)])
+        case Question(Conversation() as prompt, answer):
+            return Conversation([*prompt.messages, Message("assistant", answer)], prompt.tools)
+        case _:
+            kind = type(record).__name__.lower()
+            raise RowError(f"a {kind} row is no conversation", "Messages and ShareGPT hold conversations alone.")
+
+
+def _asked(prompt: str) -> list[Message]:
+    return [Message("user", prompt)] if prompt else []
+
+
+def as_messages(conversation: Conversation) -> dict[str, Any]:
+    """A row with `messages`, as OpenAI and Hugging Face write them."""
+    messages = []
+    for message in conversation.messages:
+        item: dict[str, Any] = {"role": message.role, "content": message.content}
+        optional = {
+            "reasoning_content": message.thinking,
+            "tool_calls": message.tool_calls or None,
+            "name": message.name,
+            "tool_call_id": message.tool_call_id,
+            "weight": message.weight,
+        }
+        messages.append(item | {key: value for key, value in optional.items() if value is not None})
+    return {"messages": messages} | ({"tools": conversation.tools} if conversation.tools else {})
+
+
+def as_sharegpt(conversation: Conversation) -> dict[str, Any]:
+    """A row with `conversations`; tool calls become turns of their own, reasoning stands inside the answer."""
+    turns: list[dict[str, Any]] = []
+    for message in conversation.messages:
+        weight = {} if message.weight is None else {"weight": message.weight}
+        thinking = f"<think>\n{message.thinking}\n</think>\n\n" if message.thinking else ""
+        if message.content or thinking or not message.tool_calls:
+            turns.append({"from": SHAREGPT_NAMES[message.role], "value": thinking + message.content, **weight})
+        for call in message.tool_calls:
+            turns.append({"from": "function_call", "value": json.dumps(call["function"], ensure_ascii=False), **weight})
+    tools = {"tools": json.dumps(conversation.tools, ensure_ascii=False)} if conversation.tools else {}
+    return {"conversations": turns, **tools}
+
+
+# -- files ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Files:
+    """Files that appear together at the end, or not at all."""
+
+    targets: dict[str, Path]
+    _open: dict[Path, tuple[IO[str], Path]] = field(default_factory=dict)
+    _rows: dict[Path, int] = field(default_factory=dict)
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file, scratch in self._open.values():
+            file.close()
+            scratch.unlink(missing_ok=True)
+
+    def write(self, target: Path, row: dict[str, Any]) -> None:
+        """Append a row."""
+        if target not in self._open:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
+            self._open[target] = (os.fdopen(handle, "w", encoding="utf-8", newline="\n"), Path(name))
+        file, _ = self._open[target]
+        count = self._rows.get(target, 0)
+        self._rows[target] = count + 1
+        if target.suffix == ".json":
+            file.write("[\n" if count == 0 else ",\n")
+        file.write(json.dumps(row, ensure_ascii=False))
+        if target.suffix != ".json":
+            file.write("\n")
+
+    def publish(self) -> None:
+        """Rename all of them to their places."""
+        for target, (file, scratch) in self._open.items():
+            if target.suffix == ".json":
+                file.write("\n]\n")
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+            scratch.chmod(0o644)
+        for target, (_, scratch) in self._open.items():
+            scratch.replace(target)
+            sync(target.parent)
