@@ -111,9 +111,7 @@ def _spell_old(config: Config, parameters: Config) -> None:
         if kind in _PARTIAL_NAMES:
             config.setdefault(_PARTIAL_NAMES[kind], parameters["partial_rotary_factor"])
     if config.get("rope_scaling") is None:
-        scaling = _scaling(parameters)
-        if scaling is not None:
-            config["rope_scaling"] = scaling
+        config["rope_scaling"] = _scaling(parameters)  # None is said, too: some models demand the key
     original = parameters.get("original_max_position_embeddings")
     if original is not None and parameters.get("rope_type", parameters.get("type")) in ("longrope", "su"):
         config.setdefault("original_max_position_embeddings", original)
@@ -186,6 +184,11 @@ def silently_wrong(config: Config) -> list[str]:
             f"mlx-lm uses longrope's long factors at every length; this model was made with its short factors for "
             f"texts of up to {original} tokens: their logits differ."
         )
+    rope = text.get("rope_parameters")
+    if kind == "olmo3" and isinstance(rope, dict) and isinstance(rope.get("sliding_attention"), dict):
+        thetas = {part.get("rope_theta") for part in rope.values() if isinstance(part, dict)}
+        if len(thetas) > 1:
+            found.append("mlx-lm rotates the sliding layers of this olmo3 model like its full ones: logits differ.")
     if kind == "gpt_oss" and isinstance(scaling, dict) and scaling.get("truncate") is False:
         found.append("mlx-lm rounds the bounds of YaRN's ramp, which gpt_oss does not: logits differ by about 2e-2.")
     if kind in ("gemma", "starcoder2", "gpt_neox"):

@@ -165,7 +165,7 @@ def test_rope_is_spelled_both_ways() -> None:
 
 def test_plain_rope_needs_no_scaling() -> None:
     spelled = architecture.spelled_both_ways({"rope_parameters": {"rope_type": "default", "rope_theta": 3.0}})
-    assert spelled["rope_theta"] == 3.0 and "rope_scaling" not in spelled
+    assert spelled["rope_theta"] == 3.0 and spelled["rope_scaling"] is None
 
 
 def test_rope_by_kind_of_layer() -> None:

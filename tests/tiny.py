@@ -128,6 +128,42 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "architectures": ["Starcoder2ForCausalLM"], "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True,
         "sliding_window": None,
     },
+    "ernie4_5": {"architectures": ["Ernie4_5ForCausalLM"], "use_bias": False, "head_dim": 8},
+    "exaone4": {
+        "architectures": ["Exaone4ForCausalLM"], "head_dim": 8, "sliding_window": 64, "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"], "rope_scaling": None,
+    },
+    "helium": {"architectures": ["HeliumForCausalLM"], "head_dim": 8, "mlp_bias": False},
+    "nemotron": {
+        "architectures": ["NemotronForCausalLM"], "head_dim": 8, "partial_rotary_factor": 0.5, "norm_eps": 1e-5,
+        "hidden_act": "relu2", "mlp_bias": False,
+    },
+    "phi": {"architectures": ["PhiForCausalLM"], "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
+    "phimoe": {
+        "architectures": ["PhimoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2, "lm_head_bias": True,
+        "attention_bias": True,
+    },
+    "seed_oss": {"architectures": ["SeedOssForCausalLM"], "head_dim": 8},
+    "granitemoe": {
+        "architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
+        "logits_scaling": 2.0, "attention_multiplier": 0.35, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+    },
+    "dots1": {
+        "architectures": ["Dots1ForCausalLM"], "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "use_qk_norm": True,
+        "scoring_func": "noaux_tc", "moe_layer_freq": 1,
+    },
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"], "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1,
+        "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "partial_rotary_factor": 0.5,
+        "use_qk_norm": False, "rope_scaling": None,
+    },
+    "gpt_neox": {
+        "architectures": ["GPTNeoXForCausalLM"], "attention_bias": True, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+        "layer_norm_eps": 1e-5, "use_parallel_residual": True,
+    },
     "glm4": {
         "architectures": ["Glm4ForCausalLM"], "head_dim": 8, "partial_rotary_factor": 0.5,
     },

@@ -105,6 +105,21 @@ class Interleave:
 
 
 @dataclass(frozen=True, slots=True)
+class StackHalves:
+    """Gate and up projections of stacked experts, one after the other in one matrix for each expert."""
+
+    gate: str
+    up: str
+    hf: str
+
+    def apply(self, tensors: Tensors, config: Config) -> None:
+        for name in list(tensors):
+            if (found := fit(self.gate, name)) is not None:
+                halves = [tensors.pop(name), tensors.pop(self.up.format(**found))]
+                tensors[self.hf.format(**found)] = mx.concatenate(halves, axis=1)
+
+
+@dataclass(frozen=True, slots=True)
 class TransposedExperts:
     """Stacked experts that the checkpoint stores [experts, in, out] under another name."""
 
@@ -117,10 +132,12 @@ class TransposedExperts:
                 tensors[self.hf.format(**found)] = tensors.pop(name).swapaxes(-1, -2)
 
 
-def _experts(block: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")) -> tuple[Rule, ...]:
+def _experts(
+    block: str, names: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj"), stack: str = "switch_mlp"
+) -> tuple[Rule, ...]:
     base = f"model.layers.{{i}}.{block}"
     return tuple(
-        Unstack(f"{base}.switch_mlp.{mlx}.weight", f"{base}.experts.{{e}}.{hf}.weight")
+        Unstack(f"{base}.{stack}.{mlx}.weight", f"{base}.experts.{{e}}.{hf}.weight")
         for mlx, hf in zip(("gate_proj", "up_proj", "down_proj"), names, strict=True)
     )
 
@@ -129,6 +146,7 @@ _ATTENTION = "model.layers.{i}.self_attn"
 _MLA: tuple[Rule, ...] = (
     JoinHeads(f"{_ATTENTION}.embed_q.weight", f"{_ATTENTION}.unembed_out.weight", f"{_ATTENTION}.kv_b_proj.weight"),
 )
+_GRANITE = "model.layers.{i}.block_sparse_moe"
 _OSS = "model.layers.{i}.mlp.experts"
 _GPT2: tuple[Rule, ...] = (
     *(Transpose(f"model.h.{{i}}.{name}.weight") for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
@@ -136,8 +154,9 @@ _GPT2: tuple[Rule, ...] = (
 )
 # `sanitize()` changes no name and no value of these (it drops precomputed rotary tables and tied heads)
 _SAME = (
-    "cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "helium", "llama", "mistral",
-    "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "helium",
+    "hunyuan_v1_dense", "llama", "ministral3", "mistral", "nemotron", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3",
+    "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
@@ -150,6 +169,15 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     "glm4_moe": _experts("mlp"),
     "deepseek_v2": _experts("mlp"),
     "deepseek_v3": (*_experts("mlp"), *_MLA),
+    "dots1": _experts("mlp", stack="experts"),
+    "granitemoe": (
+        StackHalves(
+            f"{_GRANITE}.switch_mlp.gate_proj.weight",
+            f"{_GRANITE}.switch_mlp.up_proj.weight",
+            f"{_GRANITE}.input_linear.weight",
+        ),
+        Rename(f"{_GRANITE}.switch_mlp.down_proj.weight", f"{_GRANITE}.output_linear.weight"),
+    ),
     "gpt2": _GPT2,
     "gpt_oss": (
         Interleave(f"{_OSS}.gate_proj.weight", f"{_OSS}.up_proj.weight", f"{_OSS}.gate_up_proj"),
