@@ -24,6 +24,7 @@ from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError,
 from mlxlora.files import new_directory, refuse_existing, sync
 from mlxlora_convert.gguf_options import GGUFOptions
 from mlxlora_convert.hf_options import HuggingFaceOptions
+from mlxlora_convert.mlx_options import MlxOptions
 from mlxlora_convert.mlxlm_options import MlxLmOptions
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
@@ -65,6 +66,12 @@ FORMATS: dict[str, Format] = {
         write="huggingface:write",
         read_back="huggingface:read_back",
         options=("hf",),
+    ),
+    "mlx": Format(
+        "MLX model",
+        write="mlx_model:write",
+        read_back="mlx_model:read_back",
+        options=("mlx",),
     ),
     "peft": Format(
         "Hugging Face PEFT adapter",
@@ -193,6 +200,7 @@ def export(
     revision: str | None = None,
     trust_remote_code: bool = False,
     peft: PeftOptions | None = None,
+    mlx: MlxOptions | None = None,
     gguf: GGUFOptions | None = None,
     hf: HuggingFaceOptions | None = None,
     on_progress: Progress | None = None,
@@ -210,13 +218,14 @@ def export(
         revision: branch, tag or commit of a hub id
         trust_remote_code: allow code that the model directory brings along
         peft: options of `--to peft`
+        mlx: options of `--to mlx`
         gguf: options of `--to gguf`
         hf: options of `--to hf`
 
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
     chosen = _format(to, "write")
-    options = _options(f"--to {to}", chosen.options, peft=peft, gguf=gguf, hf=hf)
+    options = _options(f"--to {to}", chosen.options, peft=peft, mlx=mlx, gguf=gguf, hf=hf)
     if chosen.adapter and not adapter:
         raise ConfigError(f"--to {to} writes an adapter, and none was given: name one with --adapter.")
     out = Path(out)
