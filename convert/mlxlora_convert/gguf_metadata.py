@@ -162,7 +162,8 @@ def add_particulars(config: dict[str, Any], header: GGUFHeader) -> None:
     """What config.json says and GGUF leaves to the program."""
     kind = config["model_type"]
     if kind in ("gemma2", "gemma3_text"):
-        config["query_pre_attn_scalar"] = assumed_scalar(config)
+        scalar = assumed_scalar(config)
+        config["query_pre_attn_scalar"] = int(scalar) if scalar.is_integer() else scalar
         config["hidden_activation"] = "gelu_pytorch_tanh"
     if kind == "smollm3":
         config["no_rope_layers"] = [int((i + 1) % 4 != 0) for i in range(config["num_hidden_layers"])]
@@ -176,7 +177,7 @@ def add_particulars(config: dict[str, Any], header: GGUFHeader) -> None:
 
 def is_count(value: Any) -> bool:
     """A whole number that a size can be."""
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
 def is_number(value: Any) -> bool:

@@ -174,7 +174,7 @@ def changed(entry: Tensors, found: list[Weight], config: dict[str, Any], *, back
     if change == "one_row":
         return Reshaped(weight, (1, weight.shape[-1]) if backwards else (weight.shape[-1],))
     if change == "per_head":
-        return Stacked(found)
+        return weight if backwards else Stacked(found)
     return weight
 
 
