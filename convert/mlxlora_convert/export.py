@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
 from mlxlora.files import new_directory, refuse_existing, sync
-from mlxlora_convert.gguf_options import GGUFOptions
+from mlxlora_convert.gguf_options import GGUFImportOptions, GGUFOptions
 from mlxlora_convert.hf_options import HuggingFaceOptions
 from mlxlora_convert.mlx_options import MlxOptions
 from mlxlora_convert.mlxlm_options import MlxLmOptions
@@ -94,8 +94,11 @@ FORMATS: dict[str, Format] = {
     "gguf": Format(
         "GGUF model",
         write="gguf_file:write",
+        read="gguf_import:read",
         read_back="gguf_file:read_back",
         options=("gguf",),
+        read_options=("gguf",),
+        marks=("*.gguf",),
         suffix=".gguf",
     ),
 }
@@ -250,6 +253,7 @@ def import_(
     revision: str | None = None,
     trust_remote_code: bool = False,
     mlx_lm: MlxLmOptions | None = None,
+    gguf: GGUFImportOptions | None = None,
     on_progress: Progress | None = None,
 ) -> ImportResult:
     """Read an adapter or a model from another program's format.
@@ -264,6 +268,7 @@ def import_(
         revision: branch, tag or commit of a hub id
         trust_remote_code: allow code that the model directory brings along
         mlx_lm: options of `--format mlx-lm`
+        gguf: options of `--format gguf`
 
     Raises FormatError for files that do not hold what their format promises, AdapterError for an adapter of another
     model, UnsupportedError for what we have no form for.
@@ -271,7 +276,7 @@ def import_(
     source, out = Path(source), Path(out)
     name = format if format is not None else recognise(source)
     chosen = _format(name, "read")
-    options = _options(f"--format {name}", chosen.read_options, mlx_lm=mlx_lm)
+    options = _options(f"--format {name}", chosen.read_options, mlx_lm=mlx_lm, gguf=gguf)
     with new_directory(out) as scratch:
         job = ImportJob(scratch, model, options, revision, trust_remote_code, on_progress, source)
         notes = function(chosen.read)(job)

@@ -19,10 +19,11 @@ from mlxlora.errors import FormatError, ModelError, Problem
 from mlxlora.files import new_directory, write_json
 from mlxlora.model import load_network
 from mlxlora.tokenizer import Tokenizer
+from mlxlora_convert.export import ImportJob
 from mlxlora_convert.gguf_architectures import Family
 from mlxlora_convert.gguf_header import GGUFHeader, read_header
 from mlxlora_convert.gguf_metadata import configuration, read_family
-from mlxlora_convert.gguf_options import Dtype
+from mlxlora_convert.gguf_options import Dtype, GGUFImportOptions
 from mlxlora_convert.gguf_read import GGUFWeight
 from mlxlora_convert.gguf_rope import FACTORS, LONG, SHORT
 from mlxlora_convert.gguf_tensors import CHUNK, changed, each_module
@@ -80,6 +81,16 @@ def import_gguf(
         Tokenizer.load(scratch)
     kept = sum(entry.name.endswith(".scales") for entry in entries)
     return ImportedModel(out_dir, chosen, len(weights), kept, tuple(notes))
+
+
+def read(job: ImportJob) -> list[str]:
+    """`mlxlora import FILE.gguf`."""
+    options = job.option(GGUFImportOptions)
+    done = import_gguf(
+        job.source, job.out, dtype=options.dtype, dequantize=options.dequantize, on_progress=job.on_progress
+    )
+    kept = f"{done.kept} of {done.tensors} tensors kept their quantization." if done.kept else ""
+    return [note for note in (kept, *done.notes) if note]
 
 
 def check_blocks(header: GGUFHeader, family: Family) -> None:

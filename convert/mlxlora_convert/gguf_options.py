@@ -25,6 +25,18 @@ class GGUFOptions:
         check_type(self.type)
 
 
+@dataclass(frozen=True, slots=True)
+class GGUFImportOptions:
+    """Options of a model that is read from GGUF.
+
+    dtype: number format of what is not quantized (default: what most of the file is in, float16 for quantized files)
+    dequantize: make numbers of the quantized tensors too, instead of keeping them where MLX has the same
+    """
+
+    dtype: Dtype | None = None
+    dequantize: bool = False
+
+
 def check_type(kind: str) -> None:
     """Raise ConfigError for a type that cannot be written."""
     if kind not in TYPES:

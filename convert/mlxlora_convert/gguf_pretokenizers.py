@@ -35,6 +35,9 @@ DEEPSEEK_V3 = (
 )
 
 
+MARKS = "words with combining marks, and capitals of alphabets other than Latin,"
+
+
 @dataclass(frozen=True, slots=True)
 class PreTokenizer:
     """One of llama.cpp's pre-tokenizers.
@@ -43,12 +46,14 @@ class PreTokenizer:
     steps:         the regular expressions, each splitting what the one before left
     ignore_merges: a whole word of the vocabulary is taken as it is, without merging
     normalizer:    the Unicode normalisation that models with it have (llama.cpp does none)
+    differs:       for which texts llama.cpp's rules are not quite the expressions
     """
 
     names: tuple[str, ...]
     steps: tuple[str, ...]
     ignore_merges: bool = False
     normalizer: str | None = None
+    differs: str = ""
 
 
 # In this order of preference where two rows say the same.
@@ -63,8 +68,8 @@ KNOWN: tuple[PreTokenizer, ...] = (
         ("qwen2", "deepseek-r1-qwen", "stablelm2", "megrez", "hunyuan", "grok-2", "kormo"), (QWEN2,), normalizer="NFC"
     ),
     PreTokenizer(("qwen35",), (QWEN35,), normalizer="NFC"),
-    PreTokenizer(("tekken",), (TEKKEN,), ignore_merges=True),
-    PreTokenizer(("gpt-4o", "llama4", "minimax-m2"), (GPT4O,)),
+    PreTokenizer(("tekken",), (TEKKEN,), ignore_merges=True, differs=MARKS),
+    PreTokenizer(("gpt-4o", "llama4", "minimax-m2"), (GPT4O,), differs=MARKS),
     PreTokenizer(("deepseek-v3", "hunyuan-dense", "joyai-llm"), (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", DEEPSEEK_V3)),
 )
 

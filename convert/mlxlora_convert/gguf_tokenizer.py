@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mlxlora.errors import FormatError, Problem, UnsupportedError
 from mlxlora.files import write_json
 from mlxlora_convert import gguf_pretokenizers
 from mlxlora_convert.gguf_header import GGUFHeader
-from mlxlora_convert.gguf_vocabulary import CONTROL, SPACE, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
+from mlxlora_convert.gguf_tokens import CONTROL, SPACE, SPECIAL, UNKNOWN, UNUSED, USER_DEFINED
 
 PREFIX = "tokenizer.ggml"
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
@@ -24,7 +25,6 @@ def write_tokenizer(header: GGUFHeader, directory: Path, config: dict[str, Any])
     """
     tokens, types, scores = read_tokens(header)
     kind = header.metadata.get(f"{PREFIX}.model")
-    added = added_tokens(tokens, types)
     if kind == "gpt2":
         state = byte_level(header, tokens, types)
     elif kind == "llama":
@@ -34,7 +34,7 @@ def write_tokenizer(header: GGUFHeader, directory: Path, config: dict[str, Any])
             f"{header.path}: a vocabulary of kind '{kind}' cannot be rebuilt yet. Known: gpt2, llama."
         )
     ids = special_ids(header, len(tokens))
-    state["added_tokens"] = added
+    state["added_tokens"] = added_tokens(tokens, types, cut_out=kind == "llama")
     state["post_processor"] = post_processor(header, kind, tokens, ids)
     write_json(directory / "tokenizer.json", {"version": "1.0", "truncation": None, "padding": None, **state})
     write_json(directory / "tokenizer_config.json", settings(header, tokens, ids, config))
@@ -65,13 +65,14 @@ def read_tokens(header: GGUFHeader) -> tuple[list[str], list[int], list[float] |
     return tokens, [1] * len(tokens) if types is None else types.tolist(), None if scores is None else scores.tolist()
 
 
-def added_tokens(tokens: list[str], types: list[int]) -> list[dict[str, Any]]:
-    """tokenizer.json's `added_tokens`: control tokens, and those that the model's makers put beside the merges."""
+def added_tokens(tokens: list[str], types: list[int], *, cut_out: bool) -> list[dict[str, Any]]:
+    """tokenizer.json's `added_tokens`: control tokens, and the makers' own unless they are `cut_out` by a splitter."""
+    wanted = (CONTROL, UNKNOWN) if cut_out else (CONTROL, UNKNOWN, USER_DEFINED)
     plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
         {"id": number, "content": text, **plain, "special": types[number] != USER_DEFINED}
         for number, text in enumerate(tokens)
-        if types[number] in (CONTROL, USER_DEFINED, UNKNOWN)
+        if types[number] in wanted
     ]
 
 
@@ -112,6 +113,10 @@ def sentencepiece(
     """tokenizer.json of a sentencepiece vocabulary: its scores as an order of merges."""
     if scores is None:
         raise FormatError.of(f"{header.path}: vocabulary", [Problem(f"{PREFIX}.scores", "missing")])
+    # pieces that the model's makers reserved are cut out of a text after its spaces have become ▁
+    tokens = [text.replace(" ", SPACE) if types[n] == USER_DEFINED else text for n, text in enumerate(tokens)]
+    own = sorted((text for n, text in enumerate(tokens) if types[n] == USER_DEFINED), key=len, reverse=True)
+    pattern = {"Regex": "|".join(map(re.escape, own))}
     vocabulary = {text: number for number, text in enumerate(tokens) if types[number] != UNUSED}
     unknown = next((text for number, text in enumerate(tokens) if types[number] == UNKNOWN), None)
     prefix = header.metadata.get(f"{PREFIX}.add_space_prefix", True)
@@ -127,9 +132,11 @@ def sentencepiece(
     merges = merges_from_scores(tokens, types, scores)
     return {
         "normalizer": {"type": "Sequence", "normalizers": steps},
-        "pre_tokenizer": None,
+        "pre_tokenizer": {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+        if own
+        else None,
         "decoder": {"type": "Sequence", "decoders": decoders},
-        "model": bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True),
+        "model": bpe(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True, ignore_merges=bool(own)),
     }
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from mlxlora_convert.gguf_header import ALIGNMENT
 from mlxlora_convert.gguf_metadata import Values
 from mlxlora_convert.gguf_tensors import Planned, block_size, encoded, ggml_type
-from mlxlora_convert.gguf_vocabulary import Vocabulary
+from mlxlora_convert.gguf_tokens import Vocabulary
 
 Progress = Callable[[str, int, int], None]
 

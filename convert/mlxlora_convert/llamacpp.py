@@ -101,6 +101,10 @@ class LlamaCpp:
         """Token ids of `text`; with `special`, control tokens are recognised and BOS/EOS added as the file says."""
         return [int(token) for token in self._ask("tokenize", text, special)]
 
+    def tokenize_all(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+        """Token ids of each text; see `tokenize`."""
+        return [[int(token) for token in tokens] for tokens in self._ask("tokenize_all", list(texts), special)]
+
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of `tokens`."""
         return str(self._ask("detokenize", list(tokens)))

@@ -54,6 +54,9 @@ class Reader:
         body = {"content": text, "add_special": special, "parse_special": special}
         return list(self.post("/tokenize", body)["tokens"])
 
+    def tokenize_all(self, texts: list[str], special: bool) -> list[list[int]]:
+        return [self.tokenize(text, special) for text in texts]
+
     def detokenize(self, tokens: list[int]) -> str:
         return str(self.post("/detokenize", {"tokens": tokens})["content"])
 
