@@ -40,33 +40,29 @@ class LayerConfig:
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Which modules learn, and how.
-
-    Attributes:
-        type: lora; dora (LoRA and a learned magnitude a row, https://arxiv.org/abs/2402.09353); or full (every chosen
-            weight itself learns, kept in float32, while the forward pass stays in the model's own dtype)
-        rank: rank of the two factors
-        alpha: strength: the product of the factors is scaled by alpha / rank
-        dropout: probability with which an input of the adapter is zeroed while training
-        targets: presets (attention, attention+mlp, all-linear, output; all, for full) or patterns of module names such
-            as q_proj, 'mlp.*', model.layers.3.self_attn.q_proj. When left empty: all-linear; with full, all.
-            all-linear is every linear layer and expert inside the blocks, without the router of a mixture of experts
-        layers: all, the number of last blocks, or a list of block numbers counted from 0. Modules outside the blocks
-            (output, embeddings) are not affected
-        rslora: scale by alpha / √rank, https://arxiv.org/abs/2312.03732
-        rank_pattern: another rank for modules whose name matches; the first pattern that matches counts
-        alpha_pattern: another alpha for modules whose name matches; the first pattern that matches counts
-    """
+    """Which modules learn, and how."""
 
     type: Literal["lora", "dora", "full"] = "lora"
+    """lora; dora (LoRA and a learned magnitude a row); or full: every chosen weight itself learns, kept in float32,
+    while the forward pass stays in the model's own dtype"""
     rank: int = 16
+    """rank of the two factors"""
     alpha: float = 32.0
+    """strength: the product of the factors is scaled by alpha / rank"""
     dropout: float = 0.0
+    """probability with which an input of the adapter is zeroed while training"""
     targets: list[str] = field(default_factory=list)
+    """what learns: attention, attention+mlp, all-linear (every linear layer and expert in the blocks, without the
+    router of a mixture of experts), output, or patterns of module names such as q_proj or 'mlp.*'; when left out,
+    all-linear; with full, all"""
     layers: Literal["all"] | int | list[int] = "all"
+    """blocks that learn: all, the number of last ones, or a list counted from 0; the output layer is in no block"""
     rslora: bool = False
+    """scale by alpha / √rank, which keeps large ranks stable"""
     rank_pattern: dict[str, int] = field(default_factory=dict)
+    """another rank for modules whose name matches; the first pattern that matches counts"""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """another alpha for modules whose name matches; the first pattern that matches counts"""
 
     def __post_init__(self) -> None:
         if not self.targets:

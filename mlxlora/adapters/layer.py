@@ -10,6 +10,7 @@ import mlx.nn as nn
 
 from mlxlora.adapters import weights
 from mlxlora.adapters.config import LayerConfig
+from mlxlora.errors import UnsupportedError
 
 FORWARDED = frozenset({"bias", "biases", "scales", "global_scale", "group_size", "bits", "mode", "num_experts"})
 
@@ -62,6 +63,14 @@ class Wrapper(nn.Module):
             unpack = packed is not None and dequantize
             return weights.like(self.base, weights.dense(self.base), None, dtype) if unpack else self.base
         return weights.like(self.base, self.adapted(), None if dequantize else packed, dtype)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight":
+            raise UnsupportedError(
+                f"The model assigns the weight of a {type(self.base).__name__} while it computes. "
+                "Such a layer cannot carry an adapter: leave it out of the targets."
+            )
+        super().__setattr__(name, value)
 
     def __getattr__(self, name: str) -> Any:
         """Some models read the weight of a layer themselves: they get the adapted one, and the packing as it is."""

@@ -20,7 +20,9 @@ ATTENTION = re.compile(r"att(n|ention)|(^|[._])att_", re.IGNORECASE)
 FEED_FORWARD = re.compile(
     r"mlp|moe|ffn|feed_?forward|expert|(^|[._])ff(_|$|\.)|dense_h_to_4h|dense_4h_to_h", re.IGNORECASE
 )
+MIXER = re.compile(r"mamba|ssm|recurrent", re.IGNORECASE)  # inside of models that are called "…Moe…" altogether
 ROUTER = re.compile(r"(^|_)gate$|router", re.IGNORECASE)
+OVERWRITTEN = re.compile(r"(^|\.)altup\.")  # layers whose weights the model itself assigns in every forward pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +161,7 @@ def _preset(name: str, modules: list[Found], network: nn.Module) -> list[Found]:
         if f.block is not None
         and _is_weight(f.module)
         and not weights.is_embedding(f.module)
+        and not OVERWRITTEN.search(f.inner)
         and not is_router(f, expert_counts.get(f.block, set()))
     ]
     if name == "all-linear":
@@ -166,7 +169,8 @@ def _preset(name: str, modules: list[Found], network: nn.Module) -> list[Found]:
     attention = [f for f in inside if ATTENTION.search(f.names)]
     if name == "attention":
         return attention
-    return [f for f in inside if ATTENTION.search(f.names) or FEED_FORWARD.search(f.names)]
+    feed_forward = [f for f in inside if FEED_FORWARD.search(f.names) and not MIXER.search(f.names)]
+    return [*attention, *(f for f in feed_forward if f not in attention)]
 
 
 def is_router(f: Found, expert_counts: set[int]) -> bool:

@@ -166,3 +166,32 @@ def test_a_refusal_leaves_the_model_alone():
 def test_settings_that_cannot_be_right(wrong):
     with pytest.raises(ConfigError):
         AdapterConfig(**wrong)
+
+
+def test_a_model_that_assigns_the_weight_of_an_adapted_layer_is_told_so():
+    layer = LoRALinear.wrap(nn.Linear(8, 8), AdapterConfig().layer("x"))
+    with pytest.raises(UnsupportedError, match="leave it out of the targets"):
+        layer.weight = layer.weight * 2
+
+
+def test_state_space_layers_of_a_mixture_are_no_feed_forward():
+    from mlx_lm.models import granitemoehybrid
+
+    names = ["mamba", "attention"]
+    arguments = granitemoehybrid.ModelArgs.from_dict({
+        **COMMON, "model_type": "granitemoehybrid", "num_hidden_layers": 2, "layer_types": names,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2, "shared_intermediate_size": 32, "mamba_n_heads": 4, "mamba_d_head": 16,
+        "mamba_proj_bias": False, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_n_groups": 1, "mamba_conv_bias": False,
+        "embedding_multiplier": 1.0, "attention_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+        "position_embedding_type": "rope", "attention_bias": False, "tie_word_embeddings": True,
+        "time_step_limit": (0.001, 100.0),
+    })  # fmt: skip
+    network = granitemoehybrid.Model(arguments)
+    inject(network, AdapterConfig(targets=["attention+mlp"]))
+    chosen = leaves(network)
+    assert "block_sparse_moe.switch_mlp.up_proj" in chosen
+    assert not any("mamba" in path or "router" in path for path in chosen)
+    remove(network)
+    inject(network, AdapterConfig())
+    assert "mamba.in_proj" in leaves(network)
