@@ -22,13 +22,12 @@ import numpy as np
 from mlxlora import files, mlxlm
 from mlxlora.adapters.files import CONFIG, MANIFEST, PARTS, WEIGHTS, Adapter, Module, write_adapter
 from mlxlora.adapters.select import block_paths
-from mlxlora.adapters.state import check_fits
 from mlxlora.errors import AdapterError, FormatError, MlxLoraError, Problem, UnsupportedError
 from mlxlora.model import load_network
 from mlxlora_convert.export import ExportJob, ImportJob
 from mlxlora_convert.lowrank import Place
 from mlxlora_convert.mlxlm_options import MlxLmOptions
-from mlxlora_convert.ours import BaseModel, from_lowrank, read_one
+from mlxlora_convert.ours import BaseModel, from_lowrank, read_one, write_checked
 from mlxlora_convert.probe import Probe, ReadBack, log_probs
 
 BOUND = 1e-3
@@ -85,8 +84,7 @@ def read(job: ImportJob) -> list[str]:
         base_name=model.name,
     )
     _check_ranks(adapter, settings)
-    check_fits(model.network, adapter)
-    write_adapter(job.out, adapter)
+    write_checked(job.out, adapter, model)
     return notes
 
 

@@ -9,13 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora import hub
-from mlxlora.adapters.files import Adapter, Module, parse_spec, read_adapter
+from mlxlora.adapters.config import MAX_SCALE
+from mlxlora.adapters.files import Adapter, Module, parse_spec, read_adapter, write_adapter
 from mlxlora.adapters.select import block_paths
 from mlxlora.adapters.state import check_fits
-from mlxlora.errors import UnsupportedError
+from mlxlora.errors import AdapterError, Problem, UnsupportedError
 from mlxlora.model import fingerprint, load_network
 from mlxlora_convert import base
 from mlxlora_convert.lowrank import LowRank, Place
@@ -125,3 +127,23 @@ def from_lowrank(
         base_name=model.name,
         config=config or {},
     )
+
+
+def write_checked(directory: Path, adapter: Adapter, model: BaseModel) -> None:
+    """Write an adapter that came from outside, after every check that our own reader makes.
+
+    Raises AdapterError, with all problems at once.
+    """
+    problems = []
+    for path, module in sorted(adapter.modules.items()):
+        if not abs(module.scale) <= MAX_SCALE:
+            problems.append(Problem(path, f"expected a scale within ±{MAX_SCALE:g}, found {module.scale:g}"))
+        problems += [
+            Problem(f"{path}.{name}", "holds numbers that are not finite")
+            for name, array in module.arrays.items()
+            if not mx.all(mx.isfinite(array)).item()
+        ]
+    if problems:
+        raise AdapterError.of("This adapter cannot be used:", problems)
+    check_fits(model.network, adapter)
+    write_adapter(directory, adapter)

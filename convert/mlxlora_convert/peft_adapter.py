@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 
 from mlxlora import files
-from mlxlora.adapters.files import write_adapter
 from mlxlora.errors import AdapterError, FormatError, UnsupportedError
 from mlxlora_convert import base as bases
 from mlxlora_convert import hf_base
 from mlxlora_convert.export import ExportJob, ImportJob
 from mlxlora_convert.names import Names
-from mlxlora_convert.ours import BaseModel, from_lowrank, read_one
+from mlxlora_convert.ours import BaseModel, from_lowrank, read_one, write_checked
 from mlxlora_convert.peft_config import PeftConfig
 from mlxlora_convert.peft_export import PeftOptions, to_peft
 from mlxlora_convert.peft_import import from_peft
@@ -76,7 +75,7 @@ def read(job: ImportJob) -> list[str]:
     adapter = from_lowrank(
         imported.adapter, model, dropout=config.dropout, config={"rslora": bool(config.raw.get("use_rslora"))}
     )
-    write_adapter(job.out, adapter)
+    write_checked(job.out, adapter, model)
     named = str(config.raw.get("base_model_name_or_path") or "")
     if named and model.hub_id and named != model.hub_id and Path(named).name != Path(model.hub_id).name:
         imported.notes.append(f"The file names '{named}' as its base; it was checked against {model.name} by shape.")

@@ -205,6 +205,10 @@ WRONG: dict[str, tuple[Change, type[Exception], str]] = {
         _tensor(f"{Q}.lora_magnitude_vector", mx.ones(32)), AdapterError, "use_dora = False"
     ),
     "not LoRA": (_set(peft_type="LOHA"), UnsupportedError, "LOHA adapters are not LoRA"),
+    "not finite": (
+        _tensor(f"{Q}.lora_B.weight", mx.full((32, 4), float("nan"))), AdapterError, "not finite"
+    ),
+    "scale": (_set(lora_alpha=1e6), AdapterError, "expected a scale within"),
     "no type": (lambda config, tensors: config.pop("peft_type"), FormatError, "no peft_type"),
     "biases": (_set(bias="all"), UnsupportedError, "bias = 'all'"),
     "pissa": (_set(init_lora_weights="pissa_niter_4"), UnsupportedError, "changes the base's weights"),

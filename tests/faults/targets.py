@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.errors import MlxLoraError
+from tests.faults import foreign
 
 
 @dataclass(frozen=True)
@@ -340,6 +341,8 @@ TARGETS: dict[str, Target] = {
     "yaml": Target(yaml_seeds, read_yaml, suffix=".yaml"),
     "zip": Target(zip_seeds, read_zip, judge_zip, ".zip"),
     "adapter": Target(adapter_seeds, read_adapter, judge_adapter, place=place_adapter),
+    "peft": Target(foreign.peft_seeds, foreign.read, foreign.judge, place=foreign.place_peft),
+    "mlx-lm": Target(foreign.mlxlm_seeds, foreign.read, foreign.judge, place=foreign.place_mlxlm),
     "checkpoint": Target(checkpoint_seeds, read_checkpoint, judge_checkpoint, place=place_checkpoint),
     "model": Target(model_seeds, read_model, place=place_model),
     "rows": Target(rows_seeds, read_rows, judge_rows, place=place_rows),
