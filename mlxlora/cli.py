@@ -35,6 +35,7 @@ VERBS: dict[str, Verb] = {
     "convert": Verb("mlxlora.convert:convert", "make an MLX model of a Hugging Face model, and quantize it"),
     "eval": Verb("mlxlora.evaluate:evaluate", "loss and perplexity on data, without and with adapters"),
     "chat": Verb("mlxlora.chat:chat", "talk to a model, and turn its adapters up and down while talking"),
+    "serve": Verb("mlxlora.serve:serve", "answer OpenAI-compatible requests, adapters chosen by name"),
     "generate": Verb("mlxlora.generate:generate", "let a model answer a prompt"),
     "data check": Verb("mlxlora.data.check:check", "look at data: lengths, every token's loss, warnings", ("data",)),
     "data convert": Verb("mlxlora.data.convert:convert", "write data as messages or ShareGPT", ("data",)),
