@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxlora.errors import ModelError, UnsupportedError
-from mlxlora.tokenizer_file import check_tokenizer_file
+from mlxlora.tokenizer_file import check_own_code, check_tokenizer_file
 
 IntArray = npt.NDArray[np.int32]
 ALIAS_OPEN, ALIAS_CLOSE = "\U0010fffd", "\U0010fffc"  # private-use characters that spell a control token unmistakably
@@ -74,6 +74,8 @@ class Tokenizer:
 
         if (Path(path) / "tokenizer.json").is_file():
             check_tokenizer_file(Path(path) / "tokenizer.json")
+        if trust_remote_code:
+            check_own_code(Path(path))
         try:
             hf = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
         except BaseException as error:  # transformers, tokenizers and the hub raise whatever they like

@@ -1,11 +1,12 @@
-"""tokenizer.json, looked through before the `tokenizers` library allocates what stands in it.
+"""The files of a tokenizer, looked through before `tokenizers` and transformers believe them.
 
-The library trusts the file: a token id of two thousand million makes it ask for gigabytes, and it ends the process when
-it does not get them.
+The libraries trust tokenizer.json: a token id of two thousand million makes them ask for gigabytes, and end the process
+when they do not get them.
 """
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,3 +47,38 @@ def _wrong_vocabulary(vocabulary: Any) -> list[Problem]:
 
 def _is_id(value: Any) -> bool:
     return type(value) is int and 0 <= value <= LARGEST_ID
+
+
+def check_own_code(directory: Path) -> None:
+    """Raise ModelError when a tokenizer that may run code of its own names code outside of its directory.
+
+    transformers would fetch `other/repository--file.Class` from the hub and run it: more than was agreed to.
+    """
+    problems = []
+    for name in ("tokenizer_config.json", "config.json"):
+        path = Path(directory) / name
+        content = read_json(path) if path.is_file() else {}
+        references = content.get("auto_map") if isinstance(content, dict) else None
+        if references is None:
+            continue
+        if isinstance(references, list):  # an old spelling: the tokenizer's alone
+            references = {"AutoTokenizer": references}
+        if not isinstance(references, dict):
+            problems.append(Problem(f"{name}: auto_map", "expected an object"))
+            continue
+        for kind in ("AutoTokenizer", "AutoConfig"):
+            given = references.get(kind)
+            for reference in given if isinstance(given, list) else [given]:
+                if reference is not None and not _lies_inside(Path(directory), reference):
+                    what = f"{str(reference)[:80]!r} is no Python file in the model directory"
+                    problems.append(Problem(f"{name}: auto_map: {kind}", what))
+    if problems:
+        raise ModelError.of(f"{directory} wants to run code from elsewhere, which is never done:", problems)
+
+
+def _lies_inside(directory: Path, reference: Any) -> bool:
+    if not isinstance(reference, str) or not re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", reference):
+        return False
+    root = directory.resolve()
+    path = (root / f"{reference.partition('.')[0]}.py").resolve()
+    return path.is_file() and path.is_relative_to(root)
