@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mlx.utils import tree_flatten
 
 from mlxlora import hub
 from mlxlora.adapters import AdapterConfig, collect, inject, remove, write_adapter
@@ -23,6 +24,7 @@ from mlxlora.objectives.sft import sft
 from mlxlora.prompts import sample_prompt
 from mlxlora.reporting import trackers
 from mlxlora.reporting.watch import FinetuneResult, Watch, describe, left_out
+from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event
 from mlxlora.training.identity import check_accepted, identify
@@ -78,6 +80,7 @@ def finetune(
     }  # fmt: skip
     limit = limit_of(memory_limit)
     trackers.check(report_to or [])
+    RunDirectory.look(out, overwrite=overwrite)  # what can be known now is not told after minutes of reading data
 
     path = hub.find(model, revision=revision)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -124,6 +127,7 @@ def session(
         held_out = Feed(splits.valid, batching, 0, shuffle=False) if splits.valid is not None else None
         optimizer = Optimizer(settings["optimizer"], count_steps(batches, training))
         state = run.latest()
+        run.require_space(starting_state(model, optimizer), keep=training.keep)
         run.write_config(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
         watch.notices += [*left_out(splits), *engine.notes, *run.notices]
 
@@ -140,6 +144,13 @@ def session(
     finally:
         engine.close()
         remove(model.network)
+
+
+def starting_state(model: LanguageModel, optimizer: Optimizer) -> TrainingState:
+    """What a checkpoint will hold, for its size."""
+    parameters = dict(tree_flatten(model.network.trainable_parameters()))
+    optimizer.init(parameters)
+    return TrainingState(0, 0, 0, parameters, optimizer.flat_state())
 
 
 def answers(

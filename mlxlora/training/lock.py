@@ -45,10 +45,7 @@ class RunLock:
             except BlockingIOError:
                 owner = os.pread(handle, 200, 0).decode("utf-8", "replace").strip()
                 os.close(handle)
-                raise RunError(
-                    f"{directory} is in use: {owner or 'another process'} trains in it."
-                    " Wait for it, stop it, or choose another --out."
-                ) from None
+                raise _in_use(directory, owner) from None
             except BaseException:
                 os.close(handle)
                 raise
@@ -57,6 +54,20 @@ class RunLock:
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, since {since}\n".encode(), 0)
         return cls(path, handle, created)
+
+    @staticmethod
+    def refuse_held(directory: Path) -> None:
+        """Raise RunError when a living process holds the lock of `directory`. Takes nothing, makes nothing."""
+        try:
+            handle = os.open(directory / ".lock", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            return
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _in_use(directory, os.pread(handle, 200, 0).decode("utf-8", "replace").strip()) from None
+        finally:
+            os.close(handle)
 
     def keep_directory(self) -> None:
         """The directory has been written to: `release` leaves it."""
@@ -78,6 +89,13 @@ class RunLock:
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
+
+
+def _in_use(directory: Path, owner: str) -> RunError:
+    return RunError(
+        f"{directory} is in use: {owner or 'another process'} trains in it."
+        " Wait for it, stop it, or choose another --out."
+    )
 
 
 def _same_file(handle: int, path: Path) -> bool:

@@ -63,6 +63,23 @@ class RunDirectory:
         self._saved = bool(stored and stored.get("saved"))
 
     @classmethod
+    def look(cls, path: Path, *, overwrite: bool = False) -> None:
+        """Raise RunError for what `open` would refuse whatever the identity: in use, finished, no run directory.
+
+        For the very start of a command; writes nothing and holds nothing.
+        """
+        path = Path(path)
+        _refuse_no_directory(path)
+        if not path.is_dir():
+            return
+        RunLock.refuse_held(path)
+        stored = _read_stored(path)
+        if stored is None:
+            _refuse_foreign(path)
+        elif not overwrite:
+            _refuse_finished(path, stored)
+
+    @classmethod
     def open(
         cls, path: Path, *, identity: dict[str, Any], overwrite: bool = False, accept: Collection[str] = ()
     ) -> RunDirectory:
@@ -77,8 +94,7 @@ class RunDirectory:
         """
         path = Path(path)
         identity = json.loads(json.dumps(identity))
-        if path.is_symlink() or (path.exists() and not path.is_dir()):
-            raise RunError(f"{path} is not a directory. Choose another --out.")
+        _refuse_no_directory(path)
         lock = RunLock.take(path)
         try:
             stored = _read_stored(path)
@@ -262,6 +278,11 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run finished: it is not trained on or overwritten by accident from now on."""
         self._write_record(finished=True, summary=summary)
+
+
+def _refuse_no_directory(path: Path) -> None:
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise RunError(f"{path} is not a directory. Choose another --out.")
 
 
 def _read_stored(path: Path) -> dict[str, Any] | None:

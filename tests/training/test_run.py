@@ -100,8 +100,10 @@ def test_finished_runs_and_overwrite(tmp_path: Path) -> None:
         run.finish({"loss": 0.5})
     assert json.loads((path / "run.json").read_text())["summary"] == {"loss": 0.5}
     before = tree(path)
-    with pytest.raises(RunError, match=r"finished run.*--overwrite"):
-        RunDirectory.open(path, identity=IDENTITY)
+    for refuse in (lambda: RunDirectory.look(path), lambda: RunDirectory.open(path, identity=IDENTITY)):
+        with pytest.raises(RunError, match=r"finished run.*--overwrite"):
+            refuse()
+    RunDirectory.look(path, overwrite=True)
     with RunDirectory.open(path, identity={"seed": 1}, overwrite=True) as run:
         assert run.latest() is None
     assert tree(path) == before  # cleared only when everything else is known to be right
@@ -116,6 +118,8 @@ def test_foreign_directories_are_not_touched(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(RunError, match=r"no run directory.*config\.json"):
             RunDirectory.open(tmp_path / "model", identity=IDENTITY, overwrite=overwrite)
+        with pytest.raises(RunError, match="no run directory"):
+            RunDirectory.look(tmp_path / "model", overwrite=overwrite)
     assert tree(tmp_path / "model") == {"config.json": b"{}"}
 
 
@@ -215,12 +219,15 @@ def test_one_writer_and_the_lock_of_the_dead(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         start = time.monotonic()
         with pytest.raises(RunError, match=rf"in use: process {holder.pid} on"):
+            RunDirectory.look(tmp_path / "run")
+        with pytest.raises(RunError, match=rf"in use: process {holder.pid} on"):
             RunDirectory.open(tmp_path / "run", identity=IDENTITY)
         assert time.monotonic() - start < 1
     finally:
         holder.kill()
         holder.communicate()
     assert (tmp_path / "run" / ".lock").exists()
+    RunDirectory.look(tmp_path / "run")
     with RunDirectory.open(tmp_path / "run", identity=IDENTITY) as run:
         assert run.latest() is not None
         with pytest.raises(RunError, match=f"process {os.getpid()}"):
