@@ -101,6 +101,13 @@ FORMATS: dict[str, Format] = {
         marks=("*.gguf",),
         suffix=".gguf",
     ),
+    "gguf-lora": Format(
+        "GGUF LoRA adapter",
+        write="gguf_lora:write",
+        read_back="gguf_lora:read_back",
+        suffix=".gguf",
+        adapter=True,
+    ),
 }
 
 

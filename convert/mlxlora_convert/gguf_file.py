@@ -7,7 +7,6 @@ in `gguf_vocabulary`. What a file says of itself is checked by `gguf_header` bef
 from __future__ import annotations
 
 import contextlib
-import importlib
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any
 
 from mlxlora import architecture, hub
 from mlxlora.files import new_file
-from mlxlora.model import load_network
+from mlxlora.model import load_network, write_directory
 from mlxlora.tokenizer import Tokenizer
 from mlxlora_convert import gguf_rope
 from mlxlora_convert.export import ExportJob
@@ -27,6 +26,7 @@ from mlxlora_convert.gguf_options import GGUFOptions, GGUFType, check_type
 from mlxlora_convert.gguf_tensors import Planned, plan
 from mlxlora_convert.gguf_vocabulary import vocabulary
 from mlxlora_convert.gguf_write import Written, write_file
+from mlxlora_convert.huggingface import folded
 from mlxlora_convert.probe import Probe, ReadBack
 from mlxlora_convert.weight_rows import Numbers, model_weights
 
@@ -86,7 +86,9 @@ def plan_model(
     model_dir: Path, family: Family, config: dict[str, Any], kind: GGUFType
 ) -> tuple[list[Planned], list[str]]:
     """Every tensor of the file, the rotary factors included."""
-    weights = model_weights(model_dir, config)
+    # multimodal models keep their language model under a name of its own
+    found = model_weights(model_dir, config)
+    weights = {name.removeprefix("language_model."): weight for name, weight in found.items()}
     planned, notes = plan(family, weights, config, kind)
     factors = [Planned(name, Numbers(values), "f32") for name, values in gguf_rope.tensors(config).items()]
     return [*factors, *planned], notes
@@ -129,8 +131,10 @@ def fused(job: ExportJob) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix=f".{job.out.name}.tmp-", dir=job.out.parent) as folder:
         target = Path(folder, base.resolve().name)
-        fuse = importlib.import_module("mlxlora.fuse").fuse
-        fuse(str(base), list(job.adapter), target, dequantize=True, on_progress=job.on_progress)
+        target.mkdir()
+        network, config = folded(job, base)
+        write_directory(target, network, config, source=base, on_progress=job.on_progress)
+        del network
         yield target
 
 
