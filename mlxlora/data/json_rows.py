@@ -8,7 +8,8 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
-from typing import Any, BinaryIO, NamedTuple
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from mlxlora.data.problems import Problems, kind_of, reason_of
 
@@ -74,7 +75,22 @@ def parse_json(text: str, name: str, number: int, problems: Problems) -> Any:
 
 def read_json(file: BinaryIO, name: str, problems: Problems) -> Iterator[Row]:
     """A JSON array of objects, read element by element. An object that holds one such array is accepted too."""
-    text = _Window(file)
+    with decoded(file) as decoded_file:
+        yield from _array_rows(_Window(decoded_file), name, problems)
+
+
+@contextmanager
+def decoded(file: BinaryIO) -> Iterator[TextIO]:
+    """The file as UTF-8 text, a byte order mark left out; the file itself stays open."""
+    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    try:
+        yield text
+    finally:
+        with suppress(ValueError):  # closed already
+            text.detach()
+
+
+def _array_rows(text: _Window, name: str, problems: Problems) -> Iterator[Row]:
     try:
         first = text.peek()
         if first == "{":
@@ -144,8 +160,8 @@ def _object_rows(text: _Window, name: str, problems: Problems) -> Iterator[Row]:
 class _Window:
     """A JSON text read piece by piece: what was parsed is dropped."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
         self._text = ""
         self._at = 0
         self._ended = False

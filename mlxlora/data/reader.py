@@ -96,7 +96,10 @@ class Encoder:
         """Encode the records of one file and append their samples."""
         filler = self.text.filler() if self.config.fill else None
         for chunk in _chunks(records):
-            encoded = self.encode([record for record, _ in chunk])
+            try:
+                encoded = self.encode([record for record, _ in chunk])
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{name}: {error}") from None
             for (record, line), items in zip(chunk, encoded, strict=True):
                 counts.rows += 1
                 origin = f"{name}:{line}" if line else name

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
-from mlxlora.data.json_rows import BAD, LONGEST_LINE, ROW_ADVICE, Row, parse_json, read_json
+from mlxlora.data.json_rows import BAD, LONGEST_LINE, ROW_ADVICE, Row, decoded, parse_json, read_json
 from mlxlora.data.problems import Problems, kind_of, reason_of
 from mlxlora.errors import DataError
 
@@ -78,8 +77,12 @@ def _lines(file: BinaryIO, name: str, problems: Problems) -> Iterator[tuple[int,
 
 def read_csv(file: BinaryIO, name: str, problems: Problems, *, delimiter: str = ",") -> Iterator[Row]:
     """Comma-separated values with a header line. Cells of `messages`, `conversations` and `tools` hold JSON."""
-    csv.field_size_limit(min(sys.maxsize, LONGEST_LINE))
-    text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+    with decoded(file) as text:
+        yield from _csv_rows(text, name, problems, delimiter)
+
+
+def _csv_rows(text: TextIO, name: str, problems: Problems, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(LONGEST_LINE)
     number = 1
     try:
         reader = csv.reader(text, delimiter=delimiter, strict=True)

@@ -65,7 +65,7 @@ class TextEncoder:
 
     def filler(self) -> Filler:
         """Puts documents together until a window is full."""
-        return Filler(self.window)
+        return Filler(self.window, self.tokenizer.bos_id)
 
     def windows(self, sample: Sample) -> Iterator[Sample]:
         """Windows over a sample; what the window before has seen is not learned again, only read."""
@@ -91,9 +91,10 @@ class TextEncoder:
 class Filler:
     """Fills windows with one document after the other; every token is learned once."""
 
-    def __init__(self, window: int) -> None:
-        """window: length in tokens."""
+    def __init__(self, window: int, bos_id: int | None = None) -> None:
+        """window: length in tokens; bos_id: the token that begins documents, which is never learned."""
         self.window = window
+        self.bos_id = bos_id
         self._parts: list[Sample] = []
         self._size = 0
         self._line = 0
@@ -102,6 +103,9 @@ class Filler:
         """Take a document of line `line`; yields the windows that are full, each with the line it begins in."""
         if not self._parts:
             self._line = line
+        elif sample.tokens[0] != self.bos_id:
+            # something stands before its first token now
+            sample = Sample(sample.tokens, np.concatenate([np.ones(1, np.float32), sample.weights[1:]]))
         self._parts.append(sample)
         self._size += len(sample.tokens)
         while self._size > self.window:

@@ -1,0 +1,224 @@
+"""Sources and formats: the same rows, however they come."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mlxlora.data import BatchConfig, DataSplits, SamplesConfig, load, plan_epoch
+from mlxlora.data.formats import FORMATS, detect
+from mlxlora.data.records import Conversation, Judged, Preference, Question
+from mlxlora.errors import DataError
+from mlxlora.tokenizer import Tokenizer
+
+PAIRS = [(f"question {i}", f"answer {i}") for i in range(5)]
+MESSAGES = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in PAIRS
+]  # fmt: skip
+WHOLE = SamplesConfig(validation_split=0)
+
+
+def tokens(splits: DataSplits) -> list[list[int]]:
+    return [sample.tokens.tolist() for sample in splits.train]
+
+
+@pytest.fixture
+def expected(jsonl: Callable[..., Path], tokenizer: Tokenizer) -> list[list[int]]:
+    return tokens(load(jsonl(MESSAGES, "expected.jsonl"), tokenizer, WHOLE))
+
+
+def csv_of(header: list[str], rows: list[list[str]], delimiter: str = ",") -> bytes:
+    made = io.StringIO()
+    writer = csv.writer(made, delimiter=delimiter)
+    writer.writerows([header, *rows])
+    return made.getvalue().encode()
+
+
+def parquet_of(rows: list[dict]) -> bytes:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as writer
+
+    made = io.BytesIO()
+    writer.write_table(arrow.Table.from_pylist(rows), made, row_group_size=2)
+    return made.getvalue()
+
+
+def lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+SHAREGPT = [{"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]} for q, a in PAIRS]
+ALPACA = [{"instruction": q, "input": "", "output": a} for q, a in PAIRS]
+COMPLETION = [{"prompt": q, "completion": a} for q, a in PAIRS]
+PROMPT_MESSAGES = [{"prompt": row["messages"][:1], "completion": row["messages"][1:]} for row in MESSAGES]
+
+FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "byte order mark": ("a.jsonl", lambda: b"\xef\xbb\xbf" + lines(MESSAGES)),
+    "crlf, blank lines, comments": (
+        "a.jsonl",
+        lambda: b"# made by hand\r\n\r\n" + lines(MESSAGES).replace(b"\n", b"\r\n# next\r\n"),
+    ),
+    "no newline at the end": ("a.jsonl", lambda: lines(MESSAGES).rstrip()),
+    "ndjson": ("a.ndjson", lambda: lines(MESSAGES)),
+    "upper case suffix": ("a.JSONL", lambda: lines(MESSAGES)),
+    "json array": ("a.json", lambda: json.dumps(MESSAGES, indent=2).encode()),
+    "json array in an object": ("a.json", lambda: json.dumps({"version": 1, "data": MESSAGES}).encode()),
+    "jsonl by the name of json": ("a.json", lambda: lines(MESSAGES)),
+    "sharegpt": ("a.jsonl", lambda: lines(SHAREGPT)),
+    "sharegpt with roles": ("a.jsonl", lambda: lines([{"conversations": row["messages"]} for row in MESSAGES])),
+    "alpaca": ("a.json", lambda: json.dumps(ALPACA).encode()),
+    "prompt and completion": ("a.jsonl", lambda: lines(COMPLETION)),
+    "prompt and completion as messages": ("a.jsonl", lambda: lines(PROMPT_MESSAGES)),
+    "csv": ("a.csv", lambda: csv_of(["prompt", "completion"], [list(pair) for pair in PAIRS])),
+    "tsv": ("a.tsv", lambda: csv_of(["prompt", "completion"], [list(pair) for pair in PAIRS], "\t")),
+    "csv with json cells": ("a.csv", lambda: csv_of(["messages"], [[json.dumps(row["messages"])] for row in MESSAGES])),
+    "parquet": ("a.parquet", lambda: parquet_of(COMPLETION)),
+    "parquet with messages": ("a.parquet", lambda: parquet_of(MESSAGES)),
+}
+
+
+@pytest.mark.parametrize("name", list(FILES))
+def test_files(name: str, tmp_path: Path, tokenizer: Tokenizer, expected: list[list[int]]) -> None:
+    file, content = FILES[name]
+    (tmp_path / file).write_bytes(content())
+    assert tokens(load(tmp_path / file, tokenizer, WHOLE)) == expected
+
+
+def test_a_json_array_larger_than_the_reader_s_window(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": "p" * 3000 + str(i), "completion": f'é{i} \\u00e9 "quoted" [x]'} for i in range(800)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    splits = load(tmp_path / "a.json", tokenizer, SamplesConfig(validation_split=0, max_length=8000))
+    assert len(splits.train) == 800
+    assert splits.train.origin(799).endswith(f":{2 + 799 * 4}")
+
+
+def test_zip_and_directory(tmp_path: Path, tokenizer: Tokenizer, expected: list[list[int]]) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("set/train.jsonl", lines(MESSAGES))
+        archive.writestr("set/valid.json", json.dumps(MESSAGES[:2]))
+        archive.writestr("__MACOSX/set/._train.jsonl", b"\x00")
+        archive.writestr("README.md", b"Not data? It is, in a folder without splits.")
+    splits = load(tmp_path / "a.zip", tokenizer)
+    assert tokens(splits) == expected and splits.valid is not None and len(splits.valid) == 2
+    assert splits.train.origin(0).endswith("a.zip!set/train.jsonl:1")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        archive.extractall(folder)
+    splits = load(folder, tokenizer)
+    assert tokens(splits) == expected and splits.valid is not None
+
+
+def test_a_directory_without_splits_is_all_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "notes").mkdir()
+    for name in ("a.txt", "b.md", "notes/c.txt"):
+        (tmp_path / name).write_text(f"Text of {name}\r\n")
+    splits = load(tmp_path, tokenizer, WHOLE)
+    assert len(splits.train) == 3 and set(splits.formats.values()) == {"text"}
+
+
+def test_a_validation_file_and_a_validation_split(jsonl: Callable[..., Path], tokenizer: Tokenizer) -> None:
+    path, other = jsonl(MESSAGES * 20, "t.jsonl"), jsonl(MESSAGES[:1], "v.jsonl")
+    given = load(path, tokenizer, SamplesConfig(validation=other))
+    assert given.valid is not None and len(given.valid) == 1 and len(given.train) == 100
+    different = jsonl([{"prompt": f"q{i}", "completion": f"a{i}"} for i in range(100)], "d.jsonl")
+    one, two = (load(different, tokenizer, SamplesConfig(validation_split=0.1), seed=3) for _ in range(2))
+    assert one.valid is not None and two.valid is not None and len(one.valid) == 10
+    assert one.valid.fingerprint == two.valid.fingerprint
+    origins = {data.origin(i) for data in (one.train, one.valid) for i in range(len(data))}
+    assert len(origins) == 100
+    assert (
+        load(different, tokenizer, SamplesConfig(validation_split=0.1), seed=4).valid.fingerprint
+        != one.valid.fingerprint
+    )
+
+
+def test_equal_samples_stay_on_one_side_of_the_split(jsonl: Callable[..., Path], tokenizer: Tokenizer) -> None:
+    rows = [{"prompt": f"q{i % 20}", "completion": f"a{i % 20}"} for i in range(100)]
+    splits = load(jsonl(rows), tokenizer, SamplesConfig(validation_split=0.2))
+    assert splits.valid is not None and len(splits.valid) > 0
+    assert not set(splits.train.hashes.tolist()) & set(splits.valid.hashes.tolist())
+
+
+def test_weighted_sources(jsonl: Callable[..., Path], tokenizer: Tokenizer) -> None:
+    one = jsonl([{"prompt": f"q{i}", "completion": "a"} for i in range(40)], "one.jsonl")
+    two = jsonl([{"prompt": f"r{i}", "completion": "a"} for i in range(40)], "two.jsonl")
+    data = load([f"{one}=2", f"{two}=0.5"], tokenizer, WHOLE).train
+    assert len(data) == 80 and data.repeats is not None
+    counts = np.zeros(80, int)
+    for epoch in range(50):
+        plan = plan_epoch(data.lengths, BatchConfig(), seed=0, epoch=epoch, repeats=data.repeats)
+        for planned in plan:
+            np.add.at(counts, list(planned.samples), 1)
+    assert (counts[:40] == 100).all()
+    assert counts[40:].min() > 15 and counts[40:].max() < 35 and abs(counts[40:].mean() - 25) < 2
+    with pytest.raises(DataError, match="weight is 0"):
+        load([f"{one}=0"], tokenizer)
+
+
+def test_columns(jsonl: Callable[..., Path], tokenizer: Tokenizer, expected: list[list[int]]) -> None:
+    path = jsonl({"frage": q, "antwort": a, "id": 1} for q, a in PAIRS)
+    config = SamplesConfig(validation_split=0, columns={"prompt": "frage", "completion": "antwort"})
+    assert tokens(load(path, tokenizer, config)) == expected
+    with pytest.raises(DataError, match=r"has no 'frag'\. Did you mean 'frage'"):
+        load(path, tokenizer, SamplesConfig(columns={"prompt": "frag"}))
+
+
+def test_a_format_that_is_said(jsonl: Callable[..., Path], tokenizer: Tokenizer, expected: list[list[int]]) -> None:
+    path = jsonl({"prompt": q, "completion": a, "text": "notes", "label": 1} for q, a in PAIRS)
+    assert tokens(load(path, tokenizer, SamplesConfig(validation_split=0, format="completion"))) == expected
+
+
+def test_hub_data_sets_stream(tmp_path: Path, tokenizer: Tokenizer, expected: list[list[int]]) -> None:
+    pytest.importorskip("datasets")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "train.jsonl").write_bytes(lines(MESSAGES))
+    (tmp_path / "set" / "validation.jsonl").write_bytes(lines(MESSAGES[:2]))
+    splits = load(f"hub:{tmp_path / 'set'}", tokenizer)
+    assert tokens(splits) == expected and splits.valid is not None and len(splits.valid) == 2
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (MESSAGES[0], "messages"), (SHAREGPT[0], "sharegpt"), (ALPACA[0], "alpaca"), (COMPLETION[0], "completion"),
+        ({"text": "a"}, "text"), ({"chosen": "a", "rejected": "b", "prompt": "c"}, "preference"),
+        ({"prompt": "a", "completion": "b", "label": False}, "kto"), ({"prompt": "a", "answer": "b"}, "answer"),
+        ({"conversation": SHAREGPT[0]["conversations"]}, "sharegpt-conversation"), ({"x": 1}, None),
+    ],
+)  # fmt: skip
+def test_formats_are_told_from_the_keys(row: dict, name: str | None) -> None:
+    assert detect(row) == name
+
+
+def test_rows_for_other_objectives() -> None:
+    pair = FORMATS["preference"].read({"prompt": MESSAGES[0]["messages"][:1], "chosen": "good", "rejected": "bad"})
+    assert isinstance(pair, Preference) and isinstance(pair.chosen, Conversation)
+    assert [m.content for m in pair.chosen.messages] == ["question 0", "good"]
+    judged = FORMATS["kto"].read({"prompt": "a", "completion": "b", "label": "True"})
+    assert isinstance(judged, Judged) and judged.good
+    question = FORMATS["answer"].read({"prompt": "1 + 1", "answer": 2})
+    assert isinstance(question, Question) and question.answer == "2"
+
+
+def test_tool_calls_in_every_shape() -> None:
+    shapes = [
+        {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
+        {"tool_calls": [{"name": "f", "arguments": {"x": 1}}]},
+        {"function_call": {"name": "f", "arguments": '{"x": 1}'}},
+    ]
+    wanted = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    for shape in shapes:
+        record = FORMATS["messages"].read({"messages": [{"role": "assistant", "content": None, **shape}]})
+        assert isinstance(record, Conversation) and record.messages[0].tool_calls == [wanted]
+    turn = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
+    record = FORMATS["sharegpt"].read({"conversations": [turn]})
+    assert isinstance(record, Conversation) and record.messages[0].tool_calls == [wanted]
