@@ -221,7 +221,7 @@ def export(
 
     Args:
         model: the base model: a directory or hub id
-        to: the format
+        to: the format: peft, mlx-lm, mlx, hf, gguf
         out: the directory or file to write; must not exist
         adapter: adapters to export, or to fold into the model: `PATH` or `PATH=SCALE`; a run directory will do
         check: run the format's real reader on the result, when it is installed, and compare log-probabilities
@@ -309,6 +309,8 @@ def recognise(source: Path) -> str:
         f"  {name}: {', '.join(known.marks)}" for name, known in FORMATS.items() if known.read and known.marks
     )
     what = f"could be {' or '.join(found)}" if found else "is in no format that can be read"
+    if any(path.name == "config.json" for path in names):
+        raise ConfigError(f"{source} looks like a model of Hugging Face or MLX. Use mlxlora convert for it.")
     raise ConfigError(f"{source} {what}. Say which with --format. A format is recognised by:\n{looked}")
 
 
