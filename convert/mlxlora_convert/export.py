@@ -221,7 +221,7 @@ def export(
 
     Args:
         model: the base model: a directory or hub id
-        to: the format: peft, mlx-lm, mlx, hf, gguf
+        to: the format: peft, mlx-lm, gguf-lora (adapters), mlx, hf, gguf (models)
         out: the directory or file to write; must not exist
         adapter: adapters to export, or to fold into the model: `PATH` or `PATH=SCALE`; a run directory will do
         check: run the format's real reader on the result, when it is installed, and compare log-probabilities

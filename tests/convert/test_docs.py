@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_every_format_is_documented(name: str) -> None:
         for group in entry.options:
             assert f"--{group}." in line, f"docs/export.md does not name the options --{group}.* of `{name}`"
         listed = next(line for line in (inspect.getdoc(export) or "").splitlines() if line.strip().startswith("to:"))
-        assert name in listed.replace(",", " ").split(), f"the help of --to does not name `{name}`"
+        assert name in re.split(r"[\s,()]+", listed), f"the help of --to does not name `{name}`"
 
 
 def test_the_table_names_only_what_there_is() -> None:
