@@ -136,7 +136,10 @@ def build_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Argumen
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parameters = inspect.signature(function).parameters
     supplied = {parameter for parameter in parameters if parameter.startswith("on_") or parameter in SUPPLIED}
-    parser = ArgumentParser(prog=f"mlxlora {name}", exit_on_error=False, print_config=None, description=verb.about)
+    # no abbreviations: an option that a later version adds must not change what a command means
+    parser = ArgumentParser(
+        prog=f"mlxlora {name}", exit_on_error=False, print_config=None, description=verb.about, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="a YAML file with the same tree of options")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     if verb.positional:
@@ -197,24 +200,30 @@ def kind_of(action: Any) -> str:
 def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
     from argparse import ArgumentError
 
-    check_config_files(words)
     known = [flag.lstrip("-") for flag in parser._option_string_actions if not flag.endswith("+")]
+    check_config_files(words, {name.partition(".")[0] for name in known if "." in name})
     try:
         return dict(vars(parser.instantiate(parser.parse_args(words))))
     except ArgumentError as error:
         raise ConfigError(explain(str(error), known)) from None
 
 
-def check_config_files(words: list[str]) -> None:
-    """Read every --config file with our own careful reader first: safe YAML, no key twice, a mapping."""
+def check_config_files(words: list[str], groups: set[str]) -> None:
+    """Read every --config file with our own careful reader first: safe YAML, no key twice, mappings for all groups."""
     from mlxlora.files import read_yaml
 
     for index, word in enumerate(words):
         if word.partition("=")[0] != "--config":
             continue
         path = word.partition("=")[2] or (words[index + 1] if index + 1 < len(words) else "")
-        if path and not isinstance(read_yaml(Path(path)), dict):
+        if not path:
+            continue
+        content = read_yaml(Path(path))
+        if not isinstance(content, dict):
             raise ConfigError(f"{path} does not hold options by name. Write lines such as `model: DIR`.")
+        for name in sorted(groups & content.keys()):
+            if not isinstance(content[name], dict):
+                raise ConfigError(f"{path}: {name} holds options by name, not {content[name]!r}.")
 
 
 def readable(text: str) -> str:

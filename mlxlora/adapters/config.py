@@ -10,6 +10,7 @@ from typing import Any, Literal
 from mlxlora.errors import ConfigError, Problem
 
 PRESETS = ("attention", "attention+mlp", "all-linear", "output", "all")
+MAX_RANK = 65_536  # wider than any layer known
 MAX_SCALE = 1e4  # a larger |scale| is a damaged file or a mistake, never a setting
 
 
@@ -81,8 +82,8 @@ class AdapterConfig:
         if str(self.type) not in ("lora", "dora", "full"):
             problems.append(Problem("type", f"must be lora, dora or full, not {self.type!r}"))
         for name, rank in [("rank", self.rank), *((f"rank_pattern[{p!r}]", r) for p, r in self.rank_pattern.items())]:
-            if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-                problems.append(Problem(name, f"must be a whole number of at least 1, not {rank!r}"))
+            if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
+                problems.append(Problem(name, f"must be a whole number from 1 to {MAX_RANK:,}, not {rank!r}"))
         alphas = [("alpha", self.alpha), *((f"alpha_pattern[{p!r}]", a) for p, a in self.alpha_pattern.items())]
         for name, alpha in alphas:
             if not (math.isfinite(alpha) and 0 < alpha <= MAX_SCALE):
