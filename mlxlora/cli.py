@@ -33,25 +33,26 @@ class Verb(NamedTuple):
 
 VERBS: dict[str, Verb] = {
     "convert": Verb("mlxlora.convert:convert", "make an MLX model of a Hugging Face model, and quantize it"),
-    "eval": Verb("mlxlora.evaluate:evaluate", "loss and perplexity on data, without and with adapters"),
-    "chat": Verb("mlxlora.chat:chat", "talk to a model, and turn its adapters up and down while talking"),
-    "serve": Verb("mlxlora.serve:serve", "answer OpenAI-compatible requests, adapters chosen by name"),
-    "generate": Verb("mlxlora.generate:generate", "let a model answer a prompt"),
     "data check": Verb("mlxlora.data.check:check", "look at data: lengths, every token's loss, warnings", ("data",)),
     "data convert": Verb("mlxlora.data.convert:convert", "write data as messages or ShareGPT", ("data",)),
+    "plan": Verb("mlxlora.plan:plan", "will it fit, and how long will it take?"),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
+    "eval": Verb("mlxlora.evaluate:evaluate", "loss and perplexity on data, without and with adapters"),
     "compare": Verb("mlxlora.compare:compare", "base and tuned side by side on held-out rows: is it better?"),
+    "generate": Verb("mlxlora.generate:generate", "let a model answer a prompt"),
+    "chat": Verb("mlxlora.chat:chat", "talk to a model, and turn its adapters up and down while talking"),
+    "serve": Verb("mlxlora.serve:serve", "answer OpenAI-compatible requests, adapters chosen by name"),
     "fuse": Verb("mlxlora.fuse:fuse", "fold adapters into a model, and measure what that changed"),
     "merge": Verb("mlxlora.merge:merge", "make one adapter of several", ("adapter",)),
     "export": Verb("mlxlora_convert.export:export", "write an adapter or a model in another program's format"),
-    "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),
-    "doctor": Verb("mlxlora.doctor:doctor", "look at this machine: versions, memory, speed, what is missing"),
     "import": Verb("mlxlora_convert.export:import_", "read an adapter or a model of another program", ("source",)),
     "upload": Verb(
         "mlxlora_convert.upload:upload",
         "send an adapter or a model to the Hugging Face hub, private by default",
         ("source",),
     ),
+    "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),
+    "doctor": Verb("mlxlora.doctor:doctor", "look at this machine: versions, memory, speed, what is missing"),
 }
 """In the order in which a person meets them. A verb of two words (`data check`) is found by both."""
 
@@ -171,7 +172,10 @@ def normalise(parser: ArgumentParser, verb: Verb, words: list[str]) -> list[str]
             result.append(word)
             continue
         flag, equals, value = word.partition("=")
-        flag = flag.replace("-", "_").replace("__", "--", 1) if flag not in actions else flag
+        if flag not in actions:
+            flag = "--" + flag[2:].replace("-", "_")
+        if flag not in actions and f"{flag}_" in actions:  # a parameter that Python will not have by that name
+            flag += "_"
         action = actions.get(flag)
         kind = kind_of(action)
         if "list[" in kind.lower():

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlxlora import hub
 from mlxlora.adapters import AdapterConfig, collect, inject, remove, write_adapter
-from mlxlora.data import BatchConfig, DataSplits, SamplesConfig
+from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine, EngineConfig
@@ -27,6 +27,7 @@ from mlxlora.reporting.watch import FinetuneResult, Watch, describe, left_out
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event
+from mlxlora.training.forecast import largest, settle
 from mlxlora.training.identity import check_accepted, identify
 from mlxlora.training.loop import count_steps, train
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
@@ -96,7 +97,7 @@ def finetune(
         host = Host() if gentle else None
         with host.awake() if host else contextlib.nullcontext():
             for event in session(
-                language_model, splits, run, settings, watch, control, Pace(host=host) if host else None
+                language_model, splits, run, settings, watch, control, Pace(host=host) if host else None, limit
             ):
                 watch(event)
         return watch.result(model)
@@ -110,22 +111,23 @@ def session(
     watch: Watch,
     control: Control | None,
     pace: Pace | None,
+    limit: int,
 ) -> Iterator[Event]:
     """One session of a run on a loaded model: inject, train, and leave the model as it was."""
     training: TrainingConfig = settings["training"]
     samples: SamplesConfig = settings["samples"]
     inject(model.network, settings["adapter"], seed=training.seed)
-    engine = Engine(model.network, EngineConfig(checkpoint_blocks=training.blocks))
+    engine: Engine | None = None
     try:
-        batching = BatchConfig(
-            batch_size=training.batch_size or 4,
-            tokens_per_batch=training.tokens_per_batch,
-            packing=samples.packing,
-            max_length=samples.max_length,
-        )
+        batching = training.batching(samples)
         batches = Feed(splits.train, batching, training.seed)
         held_out = Feed(splits.valid, batching, 0, shuffle=False) if splits.valid is not None else None
         optimizer = Optimizer(settings["optimizer"], count_steps(batches, training))
+        blocks, peak = settle(
+            model.network, optimizer, sft, largest(splits.train, batching, seed=training.seed), training.blocks, limit,
+            vocabulary=model.vocabulary, accumulate=training.accumulate,
+        )  # fmt: skip
+        engine = Engine(model.network, EngineConfig(checkpoint_blocks=blocks))
         state = run.latest()
         run.require_space(starting_state(model, optimizer), keep=training.keep)
         run.write_config(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
@@ -139,10 +141,11 @@ def session(
         yield from train(
             model.network, engine, sft, batches, optimizer, training,
             validation=held_out, store=run, adapter_writer=write, state=state, control=control, pace=pace,
-            sampler=lambda: answers(model, held_out),
+            sampler=lambda: answers(model, held_out), predicted_peak=peak, memory_limit=limit,
         )  # fmt: skip
     finally:
-        engine.close()
+        if engine is not None:
+            engine.close()
         remove(model.network)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from mlxlora.data.batches import Planned, collate, plan_epoch
+from mlxlora.data.batches import EpochPlan, Planned, collate, plan_epoch
 from mlxlora.data.config import BatchConfig
 from mlxlora.data.dataset import Dataset
 from mlxlora.data.sample import Batch
@@ -16,16 +14,16 @@ class Feed:
     def __init__(self, dataset: Dataset, config: BatchConfig, seed: int, *, shuffle: bool = True) -> None:
         self.dataset, self.config, self.seed, self.shuffle = dataset, config, seed, shuffle
         self._epoch = -1
-        self._plan: Sequence[Planned] = ()
+        self._plan: EpochPlan | None = None
 
     @property
     def samples(self) -> int:
         """How many samples an epoch has."""
         return len(self.dataset)
 
-    def plan(self, epoch: int) -> Sequence[Planned]:
+    def plan(self, epoch: int) -> EpochPlan:
         """The batches of one epoch; a function of seed and epoch alone."""
-        if epoch != self._epoch:
+        if self._plan is None or epoch != self._epoch:
             self._plan = plan_epoch(
                 self.dataset.lengths, self.config, seed=self.seed, epoch=epoch, repeats=self.dataset.repeats,
                 shuffle=self.shuffle,

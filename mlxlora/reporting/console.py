@@ -81,6 +81,7 @@ class Console:
                 self.say(
                     f"training {event.trainable_parameters:,} of {event.total_parameters:,} parameters ({share:.2f} %) "
                     f"on {event.samples:,} samples for {event.steps:,} steps"
+                    f"; memory at most {human_bytes(event.predicted_peak)} of {human_bytes(event.memory_limit)}"
                     + (f", going on after step {event.step:,}" if event.step else "")
                 )
             case events.Step():

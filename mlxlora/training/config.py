@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from mlxlora.data.config import BatchConfig, SamplesConfig
 from mlxlora.errors import ConfigError
 
 
@@ -79,3 +80,12 @@ class TrainingConfig:
         if isinstance(self.checkpoint_blocks, bool):
             return "inputs" if self.checkpoint_blocks else "none"
         return self.checkpoint_blocks
+
+    def batching(self, samples: SamplesConfig) -> BatchConfig:
+        """How samples become batches under these settings."""
+        return BatchConfig(
+            batch_size=self.batch_size or 4,
+            tokens_per_batch=self.tokens_per_batch,
+            packing=samples.packing,
+            max_length=samples.max_length,
+        )

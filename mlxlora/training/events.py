@@ -48,6 +48,10 @@ class Started:
     samples: int
     trainable_parameters: int
     total_parameters: int
+    predicted_peak: int
+    """bytes that the run will need at most, by forecast; 0 where none was made"""
+    memory_limit: int
+    """bytes that it may take; 0 where there is no limit"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -154,12 +154,15 @@ class Trainer:
         control: Control | None = None,
         pace: Pace | None = None,
         sampler: Callable[[], tuple[list[str], list[str]]] | None = None,
+        predicted_peak: int = 0,
+        memory_limit: int = 0,
     ) -> None:
         self.network, self.engine, self.objective = network, engine, objective
         self.batches, self.validation = batches, validation
         self.optimizer, self.config = optimizer, config
         self.store, self.adapter_writer = store, adapter_writer
         self.control, self.pace, self.sampler = control or Control(), pace, sampler
+        self.predicted_peak, self.memory_limit = predicted_peak, memory_limit
         self.counters = Counters()
         self.parameters: Flat = dict(tree_flatten(network.trainable_parameters()))
         self.optimizer.init(self.parameters)
@@ -195,6 +198,8 @@ class Trainer:
             samples=self.batches.samples,
             trainable_parameters=sum(value.size for value in self.parameters.values()),
             total_parameters=count_weights(self.network),
+            predicted_peak=self.predicted_peak,
+            memory_limit=self.memory_limit,
         )
         self.control.running = True
         reason: Reason | None = None
@@ -451,6 +456,8 @@ def train(
     control: Control | None = None,
     pace: Pace | None = None,
     sampler: Callable[[], tuple[list[str], list[str]]] | None = None,
+    predicted_peak: int = 0,
+    memory_limit: int = 0,
 ) -> Iterator[Event]:
     """Train, as a generator of events; `control.stop()` ends it after the current step and saves.
 
@@ -461,7 +468,7 @@ def train(
     yield from Trainer(
         network, engine, objective, batches, optimizer, config,
         validation=validation, store=store, adapter_writer=adapter_writer, state=state, control=control,
-        pace=pace, sampler=sampler,
+        pace=pace, sampler=sampler, predicted_peak=predicted_peak, memory_limit=memory_limit,
     )  # fmt: skip
 
 
