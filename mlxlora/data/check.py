@@ -319,5 +319,7 @@ def _histogram(data: Dataset) -> tuple[tuple[int, int, int], ...]:
 def _chosen(data: Dataset, count: int) -> Iterator[int]:
     """The samples to show: spread over the lengths."""
     order = np.argsort(data.lengths, kind="stable")
-    places = np.linspace(0, max(0, len(order) - 1), min(count, len(order)) + 2)[1:-1]
-    yield from (int(order[round(place)]) for place in places.tolist())
+    if count >= len(order):
+        yield from order.tolist()
+    else:
+        yield from (int(order[round(place)]) for place in np.linspace(0, len(order) - 1, count + 2)[1:-1].tolist())
