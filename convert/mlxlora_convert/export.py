@@ -138,9 +138,13 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ExportJob(Job):
-    """Write `model` (a directory or hub id), with `adapter` (`PATH` or `PATH=SCALE`, any number), to `out`."""
+    """Write `model` (a directory or hub id), with `adapter` (`PATH` or `PATH=SCALE`, any number), to `out`.
+
+    any_base: take adapters that were made for another model, as long as all shapes fit
+    """
 
     adapter: tuple[str, ...] = ()
+    any_base: bool = False
 
     @property
     def base(self) -> str:
@@ -183,21 +187,23 @@ class ExportResult:
     def __str__(self) -> str:
         lines = [f"{self.out}: {FORMATS[self.format].title}, {len(self.files)} files, {self.bytes / 1e6:.1f} MB"]
         lines += [str(self.check)] if self.check else []
-        return "\n".join([*lines, *self.notes])
+        folder = self.out if FORMATS[self.format].suffix == "" else self.out.parent
+        return "\n".join([*lines, *self.notes, "", f"Next: mlxlora upload {folder} --repo OWNER/NAME"])
 
 
 @dataclass(frozen=True, slots=True)
 class ImportResult:
-    """What an import wrote: `out`, readable wherever mlxlora asks for an adapter or a model."""
+    """What an import wrote: `out`, readable wherever mlxlora asks for an adapter or a model; `next` tries it."""
 
     format: str
     source: Path
     out: Path
     notes: tuple[str, ...]
+    next: str
 
     def __str__(self) -> str:
         head = f"{self.out}: read from {self.source} ({FORMATS[self.format].title})"
-        return "\n".join([head, *self.notes])
+        return "\n".join([head, *self.notes, "", f"Next: {self.next}"])
 
 
 def export(
@@ -206,6 +212,7 @@ def export(
     out: Path,
     *,
     adapter: list[str] | None = None,
+    any_base: bool = False,
     check: bool = True,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -224,6 +231,7 @@ def export(
         to: the format: peft, mlx-lm, gguf-lora (adapters), mlx, hf, gguf (models)
         out: the directory or file to write; must not exist
         adapter: adapters to export, or to fold into the model: `PATH` or `PATH=SCALE`; a run directory will do
+        any_base: take adapters that were made for another model of the same shapes, such as a quantized form of it
         check: run the format's real reader on the result, when it is installed, and compare log-probabilities
         revision: branch, tag or commit of a hub id
         trust_remote_code: allow code that the model directory brings along
@@ -242,7 +250,8 @@ def export(
     if chosen.suffix and out.suffix != chosen.suffix:
         raise ConfigError(f"--to {to} writes one file: --out must end in {chosen.suffix}, not '{out.name}'.")
     with _scratch(out, file=bool(chosen.suffix)) as scratch:
-        job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, tuple(adapter or ()))
+        adapters = tuple(adapter or ())
+        job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, adapters, any_base)
         notes = list(function(chosen.write)(job))
         seen = _read_back(chosen, job, notes) if check else None
         files = [scratch] if scratch.is_file() else sorted(path for path in scratch.rglob("*") if path.is_file())
@@ -287,7 +296,8 @@ def import_(
     with new_directory(out) as scratch:
         job = ImportJob(scratch, model, options, revision, trust_remote_code, on_progress, source)
         notes = function(chosen.read)(job)
-    return ImportResult(name, source, out, tuple(notes))
+    trial = f"mlxlora chat --model {model} --adapter {out}" if chosen.adapter else f"mlxlora chat --model {out}"
+    return ImportResult(name, source, out, tuple(notes), trial)
 
 
 def recognise(source: Path) -> str:

@@ -56,11 +56,11 @@ def export_gguf_lora(adapter: str, model: str, out_file: Path) -> GGUFLoraResult
     return write_adapter((adapter,), BaseModel.open(model), out_file)
 
 
-def write_adapter(specs: tuple[str, ...], base: BaseModel, out_file: Path) -> GGUFLoraResult:
+def write_adapter(specs: tuple[str, ...], base: BaseModel, out_file: Path, *, any_base: bool = False) -> GGUFLoraResult:
     """`export_gguf_lora` for a base that is open already."""
     config = language_config(base.path)
     family = check_family(config)
-    _, parts = read_one(specs, base)
+    _, parts = read_one(specs, base, any_base=any_base)
     refuse(parts, tied=not any(place.endswith("lm_head") for place in base.places))
     places = modules_of(family, config)
     unknown = [path for path in parts if path.removeprefix("language_model.") not in places]
@@ -128,7 +128,7 @@ def factors(entry: Tensors, part: LowRank, config: dict[str, Any], factor: float
 def write(job: ExportJob) -> list[str]:
     """`mlxlora export --to gguf-lora`."""
     base = BaseModel.open(job.base, revision=job.revision, trust_remote_code=job.trust_remote_code)
-    done = write_adapter(job.adapter, base, job.out)
+    done = write_adapter(job.adapter, base, job.out, any_base=job.any_base)
     return [f"The scales of {done.folded} of {done.modules} modules went into B."] if done.folded else []
 
 

@@ -72,7 +72,7 @@ def folded(job: ExportJob, path: Path, dtype: str | None = None) -> tuple[nn.Mod
 def _adapted(job: ExportJob, path: Path, network: nn.Module) -> None:
     adapters = Adapters(network, lambda: models.fingerprint(path))
     for spec in job.adapter:
-        adapters.add_spec(spec)
+        adapters.add_spec(spec, any_base=job.any_base)
 
 
 def _tensors(network: nn.Module) -> dict[str, mx.array]:

@@ -35,6 +35,7 @@ def write(job: ExportJob) -> list[str]:
         dequantize=options.dequantize,
         bits=options.bits,
         max_kl=options.max_kl,
+        any_base=job.any_base,
         check=False,
         **common,  # type: ignore[arg-type]
     )

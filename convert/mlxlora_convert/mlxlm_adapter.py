@@ -40,7 +40,7 @@ ARCHIVE = "adapters.npz"
 def write(job: ExportJob) -> list[str]:
     """Write an adapter of ours for stock mlx-lm: one rank, one scale, no manifest."""
     model = BaseModel.open(job.base, revision=job.revision, trust_remote_code=job.trust_remote_code)
-    adapter, parts = read_one(job.adapter, model)
+    adapter, parts = read_one(job.adapter, model, any_base=job.any_base)
     write_adapter(job.out, from_lowrank(parts, model, dropout=adapter.dropout))
     (job.out / MANIFEST).unlink()
     ranks = {part.rank for part in parts.values()}

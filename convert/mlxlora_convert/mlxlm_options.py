@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from mlxlora.errors import ConfigError
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class MlxLmOptions:
-    """Options of `mlxlora import --format mlx-lm`.
-
-    Attributes:
-        scale: what the product of A and B was multiplied with while training, for files that do not say so
-    """
+    """Options of `mlxlora import --format mlx-lm`."""
 
     scale: float | None = None
+    """what the product of A and B was multiplied with while training, for files that do not say so"""
 
     def __post_init__(self) -> None:
         if self.scale is not None and not (math.isfinite(self.scale) and 0 < abs(self.scale) <= 1e4):

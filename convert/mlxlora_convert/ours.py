@@ -66,8 +66,10 @@ class BaseModel:
         return self.hub_id or self.path.resolve().name
 
 
-def read_one(specs: tuple[str, ...], model: BaseModel) -> tuple[Adapter, dict[str, LowRank]]:
+def read_one(specs: tuple[str, ...], model: BaseModel, *, any_base: bool = False) -> tuple[Adapter, dict[str, LowRank]]:
     """The adapter named by `PATH` or `PATH=SCALE`, checked against its base, with the scale folded in.
+
+    any_base: take one that was made for another model, as long as all shapes fit
 
     Raises UnsupportedError for several adapters and for one of type full, which no adapter format can hold.
     """
@@ -79,7 +81,7 @@ def read_one(specs: tuple[str, ...], model: BaseModel) -> tuple[Adapter, dict[st
     adapter = read_adapter(path)
     if adapter.type == "full":
         raise UnsupportedError(f"{path} holds whole weights (type full), no low-rank update. Export the model instead.")
-    check_fits(model.network, adapter, base=model.fingerprint)
+    check_fits(model.network, adapter, base=None if any_base else model.fingerprint)
     if adapter.type == "dora" and factor != 1:
         raise UnsupportedError("A DoRA adapter cannot be made stronger or weaker in a file. Leave its scale at 1.")
     return adapter, {path: part.scaled(factor) for path, part in to_lowrank(adapter, model.places).items()}

@@ -36,7 +36,7 @@ def write(job: ExportJob) -> list[str]:
     """Write an adapter of ours as a PEFT directory."""
     model = BaseModel.open(job.base, revision=job.revision, trust_remote_code=job.trust_remote_code)
     names = Names.of(model.config)
-    adapter, parts = read_one(job.adapter, model)
+    adapter, parts = read_one(job.adapter, model, any_base=job.any_base)
     options = job.option(PeftOptions)
     options = replace(options, base=options.base or model.hub_id)
     state = to_peft(

@@ -24,19 +24,16 @@ PREFIX = "base_model.model."
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "embed_in")  # modules that a tied head shares its weight with
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PeftOptions:
-    """Options of `--to peft`.
-
-    Attributes:
-        base: what adapter_config.json names as the base model, usually a hub id. Not given: the hub id that the model
-            came from, where that is known
-        experts: parameters: LoRA on the stacked parameters that transformers 5 has (PEFT's target_parameters);
-            modules: one LoRA for each expert, as transformers 4 needs
-    """
+    """Options of `--to peft`."""
 
     base: str = ""
+    """what adapter_config.json names as the base model, usually a hub id (default: where the model came from, if that
+    is known)"""
     experts: Literal["parameters", "modules"] = "parameters"
+    """parameters: LoRA on the stacked experts of transformers 5 (PEFT's target_parameters); modules: one LoRA for each
+    expert, as transformers 4 needs"""
 
     def __post_init__(self) -> None:
         if self.base.startswith(("/", "~", "\\")) or ":" in self.base[:3]:

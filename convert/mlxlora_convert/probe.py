@@ -29,6 +29,8 @@ class Source(Protocol):
     @property
     def adapter(self) -> tuple[str, ...]: ...
     @property
+    def any_base(self) -> bool: ...
+    @property
     def revision(self) -> str | None: ...
     @property
     def trust_remote_code(self) -> bool: ...
@@ -83,12 +85,10 @@ class Probe:
 
     def _load(self, adapter: Sequence[str]) -> LanguageModel:
         source = self._source
-        return load(
-            source.base,
-            revision=source.revision,
-            trust_remote_code=source.trust_remote_code,
-            adapter=adapter,
-        )
+        model = load(source.base, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        for spec in adapter:
+            model.adapters.add_spec(spec, any_base=source.any_base)
+        return model
 
     @cached_property
     def base_log_probs(self) -> npt.NDArray[np.float32]:

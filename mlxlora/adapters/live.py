@@ -180,10 +180,10 @@ class Adapters:
         self._changed(live)
         return live
 
-    def add_spec(self, spec: str) -> LiveAdapter:
+    def add_spec(self, spec: str, *, any_base: bool = False) -> LiveAdapter:
         """`add` for `PATH` or `PATH=SCALE`, as given on the command line."""
         path, scale = parse_spec(spec)
-        return self.add(path, scale=scale)
+        return self.add(path, scale=scale, any_base=any_base)
 
     def remove(self, name: str) -> None:
         """Take one adapter off the model."""

@@ -9,10 +9,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlxlora_convert import base as bases
 from mlxlora_convert.export import export, import_
 from mlxlora_convert.lowrank import LowRank
+from mlxlora_convert.names import Names
 from mlxlora_convert.ours import BaseModel, from_lowrank
+from mlxlora_convert.peft_config import PeftConfig
 from mlxlora_convert.peft_export import PeftOptions
+from mlxlora_convert.peft_import import from_peft
 
 from mlxlora.adapters.files import Adapter, read_adapter, save_adapter
 from mlxlora.cli import main
@@ -110,6 +114,25 @@ def test_dora(model: Path, tmp_path: Path) -> None:
         export(str(model), "peft", tmp_path / "q", adapter=[f"{adapter}=0.5"], check=False)
 
 
+def test_experts_by_the_order_of_sides_before_peft_0_18(tmp_path: Path) -> None:
+    """Then lora_A of a stacked parameter [E, out, in] went over `out`: its update is Σ_r B[i, r, e] A[e, r, o]."""
+    base = BaseModel.open(str(tiny.model_directory(tmp_path / "model", "mixtral")))
+    holder, rank, count = "model.layers.0.mlp.experts", 2, 4
+    keys = mx.random.split(mx.random.key(1))
+    lora_a, lora_b = (
+        mx.random.normal((rank * count, 128), key=keys[0]),
+        mx.random.normal((32, rank * count), key=keys[1]),
+    )
+    raw = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "target_modules": [], "target_parameters": ["gate_up_proj"]}
+    tensors = {f"base_model.model.{holder}.lora_A.weight": lora_a, f"base_model.model.{holder}.lora_B.weight": lora_b}
+    names = Names.of(base.config)
+    adapter = from_peft(PeftConfig.read(raw), tensors, names, base.places, bases.tensors(base.network)).adapter
+    moved = mx.einsum("ire,ero->eoi", lora_b.reshape(32, rank, count), lora_a.reshape(count, rank, 128)) * 3.0
+    mlx = "model.layers.0.block_sparse_moe.switch_mlp"
+    for part, expected in ((adapter[f"{mlx}.gate_proj"], moved[:, :64]), (adapter[f"{mlx}.up_proj"], moved[:, 64:])):
+        assert mx.allclose(part.delta(), expected, atol=1e-4)
+
+
 def test_no_path_of_this_machine_in_what_is_written(model: Path, adapter: Path, exported: Path, tmp_path: Path) -> None:
     written = b"".join(path.read_bytes() for path in exported.iterdir())
     assert str(model.parent).encode() not in written
@@ -148,6 +171,7 @@ def test_refused_on_the_way_out(model: Path, adapter: Path, tmp_path: Path) -> N
     other = tiny.model_directory(tmp_path / "other", "llama", seed=3)
     with pytest.raises(AdapterError, match="made for tiny-llama"):
         export(str(other), "peft", tmp_path / "p", adapter=[str(adapter)], check=False)
+    export(str(other), "peft", tmp_path / "any", adapter=[str(adapter)], check=False, any_base=True)
     base = BaseModel.open(str(model))
     full = Adapter("full", weights={"lm_head.weight": mx.zeros((512, 32))}, base=base.fingerprint)
     with pytest.raises(UnsupportedError, match="type full"):

@@ -42,7 +42,7 @@ CASES: list[tuple[str, dict[str, Any], tuple[str, ...], float]] = [
 
 
 def adapter(directory: Path, target: Path, wanted: tuple[str, ...], *, kind: str = "lora") -> Path:
-    """Random factors on every module whose path contains one of `wanted`; ranks and scales differ from one to the next."""
+    """Random factors on every module whose path contains one of `wanted`; ranks and scales differ."""
     base = BaseModel.open(str(directory))
     modules = {}
     for number, (path, place) in enumerate(sorted(base.places.items())):
