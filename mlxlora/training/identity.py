@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -33,9 +35,15 @@ def identify(path: Path, tokenizer: Tokenizer, splits: DataSplits, call: dict[st
     return {
         "model": fingerprint(path),
         "tokenizer": tokenizer.fingerprint,
+        "chat template": hashed(tokenizer.chat_templates),
         "data": splits.train.fingerprint,
         "validation data": splits.valid.fingerprint if splits.valid is not None else None,
     } | {name: value for name, value in settings.items() if name not in FREE}
+
+
+def hashed(value: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def check_accepted(names: Sequence[str], identity: dict[str, Any]) -> list[str]:

@@ -76,7 +76,7 @@ def words_of(verb: str, model: Path, folder: Path) -> list[str] | None:
     rows = session.rows(folder / "rows.jsonl", 4)
     values = {
         "model": model, "base": model, "source": model, "data": rows, "prompt": "Hi", "out": folder / "out",
-        "adapter": model, "to": "hf", "dequantize": "true", "repo": "me/x", "max_tokens": 4,
+        "adapter": model, "to": "hf", "dequantize": "true", "repo": "me/x",
     }  # fmt: skip
     words = verb.split()
     for parameter in parameters.values():
@@ -84,11 +84,12 @@ def words_of(verb: str, model: Path, folder: Path) -> list[str] | None:
             "model",
             "out",
             "dequantize",
-            "max_tokens",
         )
         if parameter.name in values and needed:
             flag = [] if parameter.name in VERBS[verb].positional else [f"--{parameter.name}"]
             words += [*flag, str(values[parameter.name])]
+        if parameter.name == "sampling":
+            words += ["--sampling.max_tokens", "4"]
     return words
 
 
