@@ -111,7 +111,7 @@ def test_forms_cost_more_one_after_the_other(made, tmp_path):
     assert result.form == "adapted layers unquantized"
     sizes = [one.bytes for one in result.tried]
     assert sizes == sorted(sizes)
-    assert len(result.tried) == 2 + 4 + 1
+    assert len(result.tried) == 2 * (1 + 4) + 1
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["quantization"]["lm_head"] is False
     assert "model.embed_tokens" not in config["quantization"]

@@ -53,14 +53,11 @@ def automatic_forms(kinds: Sequence[Quantization]) -> list[Form]:
     """The forms to try for layers of these quantizations, the cheapest first."""
     if not kinds:
         return [Form("as the base", lambda packed: packed)]
-    forms = [
-        Form("same bits", lambda packed: packed),
-        Form("same bits, error-aware rounding", lambda packed: packed, careful=True),
-    ]
+    forms = _both("same bits", lambda packed: packed)
     steps = max(len(wider(kind)) for kind in kinds)
     for step in range(steps):
-        names = sorted({_label(_wider_by(kind, step)) for kind in kinds})
-        forms.append(Form(f"adapted layers in {', '.join(names)}", functools.partial(_wider_by, step=step)))
+        names = ", ".join(sorted({_label(_wider_by(kind, step)) for kind in kinds}))
+        forms += _both(f"adapted layers in {names}", functools.partial(_wider_by, step=step))
     forms.append(Form("adapted layers unquantized", lambda packed: None))
     return forms
 
@@ -86,10 +83,12 @@ def forced_forms(kinds: Sequence[Quantization], bits: int | None, dequantize: bo
         return Quantization(packed.group_size if packed.mode == "affine" else 32, bits)
 
     names = ", ".join(sorted({_label(at(kind)) for kind in kinds}))
-    return [
-        Form(f"adapted layers in {names}", at),
-        Form(f"adapted layers in {names}, error-aware rounding", at, careful=True),
-    ]
+    return _both(f"adapted layers in {names}", at)
+
+
+def _both(name: str, packed: Callable[[Quantization], Quantization | None]) -> list[Form]:
+    """Rounded to nearest, which is quick, and with care, which takes as many bytes."""
+    return [Form(name, packed), Form(f"{name}, error-aware rounding", packed, careful=True)]
 
 
 def wider(packed: Quantization) -> list[Quantization]:

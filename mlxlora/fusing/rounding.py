@@ -23,7 +23,7 @@ from mlxlora.adapters import weights
 from mlxlora.adapters.weights import Quantization
 
 Array = npt.NDArray[np.float32]
-DAMPING = 0.02  # of the mean of H's diagonal: how little the calibration inputs are trusted where they say little
+DAMPING = 0.01  # of the mean of H's diagonal: how little the calibration inputs are trusted where they say little
 BLOCK = 64  # columns whose corrections are applied to the rest at once
 
 
