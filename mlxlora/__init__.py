@@ -9,7 +9,6 @@ from mlxlora.adapters import AdapterConfig, inject, load_adapter, remove, save_a
 from mlxlora.convert import convert
 from mlxlora.data import BatchConfig, Dataset, SamplesConfig
 from mlxlora.data import load as load_data
-from mlxlora.dialogue import Dialogue
 from mlxlora.doctor import doctor
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import (
@@ -23,14 +22,11 @@ from mlxlora.errors import (
     TrainingError,
     UnsupportedError,
 )
-from mlxlora.evaluate import evaluate
 from mlxlora.finetune import finetune
-from mlxlora.generate import SamplingConfig, complete, generate, stream
 from mlxlora.model import LanguageModel, load, save
 from mlxlora.quantize import QuantizeConfig
 from mlxlora.reporting.report import report
 from mlxlora.reporting.watch import FinetuneResult
-from mlxlora.serve import serve
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control
 from mlxlora.training.optimizer import OptimizerConfig
@@ -44,7 +40,6 @@ __all__ = [
     "Control",
     "DataError",
     "Dataset",
-    "Dialogue",
     "Engine",
     "EngineConfig",
     "FinetuneResult",
@@ -56,17 +51,13 @@ __all__ = [
     "QuantizeConfig",
     "RunError",
     "SamplesConfig",
-    "SamplingConfig",
     "TrainingConfig",
     "TrainingError",
     "UnsupportedError",
     "__version__",
-    "complete",
     "convert",
     "doctor",
-    "evaluate",
     "finetune",
-    "generate",
     "inject",
     "load",
     "load_adapter",
@@ -75,6 +66,4 @@ __all__ = [
     "report",
     "save",
     "save_adapter",
-    "serve",
-    "stream",
 ]
