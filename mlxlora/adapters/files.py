@@ -280,7 +280,7 @@ def _number(value: Any) -> bool:
 
 
 def _config_problems(settings: dict[str, Any], kind: Any) -> list[Problem]:
-    if kind not in PARTS:
+    if not isinstance(kind, str) or kind not in PARTS:
         return [Problem(f"{CONFIG}: fine_tune_type", f"expected lora, dora or full, found {kind!r}")]
     if kind == "full":
         return []
@@ -310,6 +310,11 @@ def _manifest_problems(directory: Path, manifest: dict[str, Any], kind: Any) -> 
             problems.append(Problem(f"{MANIFEST}: {part}", "expected an object"))
     if problems:
         return problems
+    base = manifest["base"]
+    for part in ("fingerprint", "name"):
+        found = base.get(part)
+        if not isinstance(found, str) and (found is not None or part == "name"):
+            problems.append(Problem(f"{MANIFEST}: base.{part}", f"expected text, found {found!r}"))
     for name in (WEIGHTS, CONFIG):
         record = manifest["files"].get(name)
         if not isinstance(record, dict):

@@ -96,7 +96,8 @@ def check_fits(network: nn.Module, adapter: Adapter, *, base: str | None = None)
     problems = []
     if base is not None and adapter.base is not None and adapter.base != base:
         made_for = f"{adapter.base_name or 'another model'} ({adapter.base[:12]}…)"
-        problems.append(Problem("base", f"the adapter was made for {made_for}, this model is {base[:12]}…"))
+        advice = "Where the two differ in quantization alone, it can be folded in: mlxlora fuse --any_base"
+        problems.append(Problem("base", f"the adapter was made for {made_for}, this model is {base[:12]}…", advice))
     if adapter.type == "full":
         problems += _full_problems(network, adapter)
     else:

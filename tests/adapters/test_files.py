@@ -1,6 +1,7 @@
 """Adapter directories: read and written by us and by mlx-lm, and every kind of damage refused."""
 
 import json
+import random
 import shutil
 
 import mlx.core as mx
@@ -216,6 +217,52 @@ class TestRefusals:
         manifest = json.loads((good / "manifest.json").read_text())
         (good / "manifest.json").write_text(json.dumps({**manifest, "format": 9}))
         self.refused(good, "format 1")
+
+
+def mutated(value, rng):
+    """JSON with one thing in it changed or missing."""
+    if isinstance(value, dict) and value and rng.random() < 0.8:
+        key = rng.choice(list(value))
+        rest = {k: v for k, v in value.items() if k != key}
+        return rest if rng.random() < 0.15 else {**rest, key: mutated(value[key], rng)}
+    if isinstance(value, list) and value and rng.random() < 0.7:
+        i = rng.randrange(len(value))
+        return [*value[:i], mutated(value[i], rng), *value[i + 1 :]]
+    return rng.choice([None, 1, -1, 1e308, "x", [], {}, True, [1], {"a": 1}, float("nan"), "../x", "manifest.json"])
+
+
+def test_damaged_adapters_are_refused_or_the_same(tmp_path, stir):
+    network = build("llama", None)
+    stir(network, AdapterConfig(rank=2, targets=["q_proj"]))
+    good = save_adapter(tmp_path / "good", collect(network, base="a" * 64))
+    remove(network)
+    weights = {path: module.arrays for path, module in read_adapter(good).modules.items()}
+    rng = random.Random(0)
+    refused = 0
+    for number in range(400):
+        copy = shutil.copytree(good, tmp_path / str(number))
+        if number % 3 == 0:
+            (copy / "manifest.json").unlink()
+        names = ["adapter_config.json", "adapters.safetensors", "manifest.json"][: 2 if number % 3 == 0 else 3]
+        path = copy / rng.choice(names)
+        if path.suffix == ".json":
+            path.write_text(json.dumps(mutated(json.loads(path.read_text()), rng)))
+        else:
+            content = bytearray(path.read_bytes())
+            content[rng.randrange(400)] = rng.randrange(256)
+            path.write_bytes(content)
+        adapters = Adapters(network, lambda: "a" * 64)
+        try:
+            live = adapters.add(copy)
+        except InputError:
+            refused += 1
+        else:
+            if (copy / "manifest.json").exists():
+                for name, module in live.adapter.modules.items():
+                    assert all(mx.array_equal(weights[name][part], array) for part, array in module.arrays.items())
+            adapters.clear()
+        shutil.rmtree(copy)
+    assert refused > 250
 
 
 def test_where_an_adapter_is_found(tmp_path):
