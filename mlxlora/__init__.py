@@ -9,6 +9,7 @@ from mlxlora.adapters import AdapterConfig, inject, load_adapter, remove, save_a
 from mlxlora.convert import convert
 from mlxlora.data import BatchConfig, Dataset, SamplesConfig
 from mlxlora.data import load as load_data
+from mlxlora.dialogue import Dialogue
 from mlxlora.doctor import doctor
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import (
@@ -22,11 +23,14 @@ from mlxlora.errors import (
     TrainingError,
     UnsupportedError,
 )
+from mlxlora.evaluate import evaluate
 from mlxlora.finetune import finetune
+from mlxlora.generate import SamplingConfig, complete, generate, stream
 from mlxlora.model import LanguageModel, load, save
 from mlxlora.quantize import QuantizeConfig
 from mlxlora.reporting.report import report
 from mlxlora.reporting.watch import FinetuneResult
+from mlxlora.serve import serve
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control
 from mlxlora.training.optimizer import OptimizerConfig
@@ -40,6 +44,7 @@ __all__ = [
     "Control",
     "DataError",
     "Dataset",
+    "Dialogue",
     "Engine",
     "EngineConfig",
     "FinetuneResult",
@@ -51,13 +56,17 @@ __all__ = [
     "QuantizeConfig",
     "RunError",
     "SamplesConfig",
+    "SamplingConfig",
     "TrainingConfig",
     "TrainingError",
     "UnsupportedError",
     "__version__",
+    "complete",
     "convert",
     "doctor",
+    "evaluate",
     "finetune",
+    "generate",
     "inject",
     "load",
     "load_adapter",
@@ -66,4 +75,6 @@ __all__ = [
     "report",
     "save",
     "save_adapter",
+    "serve",
+    "stream",
 ]

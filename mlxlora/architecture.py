@@ -8,6 +8,7 @@ whatever the configuration says.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -214,10 +215,22 @@ def check_supported_files(directory: Path, config: Config, *, trust_remote_code:
             f"{directory} wants to run its own code ({wanted}) to build its network. Read that file; if you trust it, "
             "run again with --trust_remote_code."
         )
-    root = Path(directory).resolve()
-    path = (root / wanted).resolve()
-    if not path.is_relative_to(root):
+    path = Path(directory) / wanted
+    if not lies_inside(directory, wanted):
         raise ModelError(f"{directory}/config.json: model_file {wanted!r} lies outside the model directory.")
     if path.suffix != ".py" or not path.is_file():
         raise ModelError(f"{directory}/config.json: model_file {wanted!r} is no Python file in the model directory.")
+    logging.getLogger("mlxlora").warning("running the model's own code: %s", path)
     return path
+
+
+def lies_inside(directory: Path, name: str) -> bool:
+    """Whether a file that a model names belongs to it.
+
+    The hub's cache keeps the files of a repository beside its snapshots, which hold links to them: those belong to it.
+    """
+    root = Path(directory).resolve()
+    cached = root.parent.name == "snapshots" and (root.parents[1] / "blobs").is_dir()
+    owner = root.parents[1] if cached else root
+    plain = not Path(name).is_absolute() and ".." not in Path(name).parts
+    return plain and (root / name).resolve().is_relative_to(owner)

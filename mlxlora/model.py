@@ -36,12 +36,14 @@ class LanguageModel:
     tokenizer: its `mlxlora.tokenizer.Tokenizer`
     config:    its configuration, the rotary settings in both spellings
     path:      the directory that it was read from
+    trust_remote_code: whether it may run Python files of its own
     """
 
     network: nn.Module
     tokenizer: Tokenizer
     config: dict[str, Any]
     path: Path
+    trust_remote_code: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,7 +58,7 @@ class LanguageModel:
     @cached_property
     def generation_tokenizer(self) -> Any:
         """mlx-lm's wrapper of the tokenizer, for its generator."""
-        return mlxlm.load_tokenizer(self.path)
+        return mlxlm.load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     @property
     def vocabulary(self) -> int:
@@ -82,7 +84,8 @@ def load(
     """
     path = hub.find(source, revision=revision)
     network, config = load_network(path, trust_remote_code=trust_remote_code)
-    model = LanguageModel(network, load_tokenizer(path, trust_remote_code=trust_remote_code), config, path)
+    tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+    model = LanguageModel(network, tokenizer, config, path, trust_remote_code)
     if not lazy:
         mx.eval(network.parameters())
     for spec in adapter:

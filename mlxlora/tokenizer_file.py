@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from mlxlora.architecture import lies_inside
 from mlxlora.errors import ModelError, Problem
 from mlxlora.files import read_json
 
@@ -79,6 +80,5 @@ def check_own_code(directory: Path) -> None:
 def _lies_inside(directory: Path, reference: Any) -> bool:
     if not isinstance(reference, str) or not re.fullmatch(r"[A-Za-z_]\w*\.[A-Za-z_]\w*", reference):
         return False
-    root = directory.resolve()
-    path = (root / f"{reference.partition('.')[0]}.py").resolve()
-    return path.is_file() and path.is_relative_to(root)
+    name = f"{reference.partition('.')[0]}.py"
+    return (directory / name).is_file() and lies_inside(directory, name)

@@ -119,6 +119,23 @@ def test_own_code_lies_inside_the_directory(tmp_path: Path) -> None:
             model.load_network(directory, trust_remote_code=True)
 
 
+def test_own_code_in_the_hubs_cache_is_a_link(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--someone--tiny" / "snapshots" / "0123"
+    directory = tiny.model_directory(snapshot, "llama")
+    blobs = tmp_path / "models--someone--tiny" / "blobs"
+    blobs.mkdir()
+    (blobs / "abc").write_text("from mlx_lm.models.llama import Model, ModelArgs\n")
+    (directory / "own.py").symlink_to(blobs / "abc")
+    (tmp_path / "evil.py").write_text("raise SystemExit")
+    (directory / "evil.py").symlink_to(tmp_path / "evil.py")
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "model_file": "own.py"}))
+    model.load_network(directory, trust_remote_code=True)
+    (directory / "config.json").write_text(json.dumps({**config, "model_file": "evil.py"}))
+    with pytest.raises(ModelError, match="outside"):
+        model.load_network(directory, trust_remote_code=True)
+
+
 def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
     one = tiny.model_directory(tmp_path / "a", "llama", seed=1)
     same = tiny.model_directory(tmp_path / "b", "llama", seed=1)

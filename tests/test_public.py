@@ -7,10 +7,10 @@ import sys
 import mlxlora
 
 NAMES = """
-    AdapterConfig AdapterError BatchConfig ConfigError Control DataError Dataset Engine EngineConfig FinetuneResult
-    InputError LanguageModel MlxLoraError ModelError OptimizerConfig QuantizeConfig RunError SamplesConfig
-    TrainingConfig TrainingError UnsupportedError __version__ convert doctor finetune inject load load_adapter load_data
-    remove report save save_adapter
+    AdapterConfig AdapterError BatchConfig ConfigError Control DataError Dataset Dialogue Engine EngineConfig
+    FinetuneResult InputError LanguageModel MlxLoraError ModelError OptimizerConfig QuantizeConfig RunError
+    SamplesConfig SamplingConfig TrainingConfig TrainingError UnsupportedError __version__ complete convert doctor
+    evaluate finetune generate inject load load_adapter load_data remove report save save_adapter serve stream
 """
 
 

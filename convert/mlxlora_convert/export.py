@@ -24,8 +24,10 @@ from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError,
 from mlxlora.files import new_directory, refuse_existing, sync
 from mlxlora_convert.gguf_options import GGUFImportOptions, GGUFOptions
 from mlxlora_convert.hf_options import HuggingFaceOptions
+from mlxlora_convert.lmstudio_options import LMStudioOptions
 from mlxlora_convert.mlx_options import MlxOptions
 from mlxlora_convert.mlxlm_options import MlxLmOptions
+from mlxlora_convert.ollama_options import OllamaOptions
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
 
@@ -108,6 +110,18 @@ FORMATS: dict[str, Format] = {
         suffix=".gguf",
         adapter=True,
     ),
+    "ollama": Format(
+        "Ollama directory (GGUF and Modelfile)",
+        write="ollama:write",
+        read_back="ollama:read_back",
+        options=("ollama",),
+    ),
+    "lmstudio": Format(
+        "LM Studio model",
+        write="lmstudio:write",
+        read_back="lmstudio:read_back",
+        options=("lmstudio",),
+    ),
 }
 
 
@@ -141,10 +155,12 @@ class ExportJob(Job):
     """Write `model` (a directory or hub id), with `adapter` (`PATH` or `PATH=SCALE`, any number), to `out`.
 
     any_base: take adapters that were made for another model, as long as all shapes fit
+    target:   where `out` will be published
     """
 
     adapter: tuple[str, ...] = ()
     any_base: bool = False
+    target: Path = field(default_factory=Path)
 
     @property
     def base(self) -> str:
@@ -220,6 +236,8 @@ def export(
     mlx: MlxOptions | None = None,
     gguf: GGUFOptions | None = None,
     hf: HuggingFaceOptions | None = None,
+    ollama: OllamaOptions | None = None,
+    lmstudio: LMStudioOptions | None = None,
     on_progress: Progress | None = None,
 ) -> ExportResult:
     """Write a model or an adapter in another program's format.
@@ -239,11 +257,15 @@ def export(
         mlx: options of `--to mlx`
         gguf: options of `--to gguf`
         hf: options of `--to hf`
+        ollama: options of `--to ollama`
+        lmstudio: options of `--to lmstudio`
 
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
     chosen = _format(to, "write")
-    options = _options(f"--to {to}", chosen.options, peft=peft, mlx=mlx, gguf=gguf, hf=hf)
+    options = _options(
+        f"--to {to}", chosen.options, peft=peft, mlx=mlx, gguf=gguf, hf=hf, ollama=ollama, lmstudio=lmstudio
+    )
     if chosen.adapter and not adapter:
         raise ConfigError(f"--to {to} writes an adapter, and none was given: name one with --adapter.")
     out = Path(out)
@@ -251,7 +273,7 @@ def export(
         raise ConfigError(f"--to {to} writes one file: --out must end in {chosen.suffix}, not '{out.name}'.")
     with _scratch(out, file=bool(chosen.suffix)) as scratch:
         adapters = tuple(adapter or ())
-        job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, adapters, any_base)
+        job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, adapters, any_base, out)
         notes = list(function(chosen.write)(job))
         seen = _read_back(chosen, job, notes) if check else None
         files = [scratch] if scratch.is_file() else sorted(path for path in scratch.rglob("*") if path.is_file())

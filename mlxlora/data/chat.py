@@ -78,7 +78,7 @@ class ChatEncoder:
     def _encoded(self, conversation: Conversation, rendered: Rendered, encoding: Encoding | None) -> Encoded:
         spans = self._spans(conversation, rendered)
         if encoding is None:
-            text, places = self.finder.unescaped(rendered.text, self.tokenizer.alias)
+            text, places = self.finder.control.unescaped(rendered.text, self.tokenizer.alias)
             encoding = self.tokenizer.encode_aliased([text])[0]
             spans = [Weighted(_moved(s.start, places), _moved(s.end, places), s.weight) for s in spans]
         weights = weigh(encoding, spans, self._control_ids)

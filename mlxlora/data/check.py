@@ -288,7 +288,7 @@ def _changes_history(encoder: ChatEncoder, conversation: Conversation, first: in
         return False
     end = early.turns[-1].end
     # how the turn ends may differ (<|return|> and <|end|>): that is no change of what was said
-    said = encoder.finder.without_end(early.text[:end])
+    said = encoder.finder.control.without_end(early.text[:end])
     return not whole.text.startswith(said)
 
 

@@ -11,20 +11,18 @@ goes on) and ends with the token that ends the turn.
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
-from mlxlora.data.records import Conversation, Message
+from mlxlora.data.control import ControlTokens, Reserved
+from mlxlora.data.marker import BLOCK, BLOCKS, PATTERNS, Marker, Piece, unmarked
+from mlxlora.data.records import Conversation
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
-from mlxlora.data.thinking import DELIMITERS, Style, after_closer
+from mlxlora.data.thinking import after_closer
+from mlxlora.data.traits import Traits
 
-Kind = Literal["thinking", "answer", "call", "other"]
-
-BLOCKS = (0xF0000, 0xF8000, 0x100000)  # private-use characters to mark pieces with: 0x7000 each
-BLOCK = 0x7000
-ESCAPE_OPEN, ESCAPE_CLOSE = "\U0010fffb", "\U0010fffa"  # around the number of a control token that content spells
 ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>", "</s>",
     "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|END_OF_TURN_TOKEN|>", "<｜end▁of▁sentence｜>",
@@ -65,95 +63,25 @@ class Rendered:
     escaped: bool = False
 
 
-@dataclass(slots=True)
-class _Piece:
-    message: int
-    kind: Kind
-    lead: str = ""  # what stands before it in the same content
-    places: list[tuple[int, int]] = field(default_factory=list)
-
-
 class TurnFinder:
     """Renders conversations with one template and finds the assistant's turns."""
 
     def __init__(self, template: ChatTemplate, control_tokens: Sequence[str], eos_token: str | None) -> None:
         """control_tokens: every special token of the vocabulary; eos_token: the one that ends a text."""
         self.template = template
-        self.style = Style.of(template.source)
-        known = sorted(control_tokens, key=len, reverse=True)
-        self._control = re.compile("|".join(re.escape(token) for token in known)) if known else None
-        self._suspicious = re.compile(f"{ESCAPE_OPEN}|{ESCAPE_CLOSE}" + "".join(f"|{re.escape(t)}" for t in known))
-        self._numbers = {token: number for number, token in enumerate(known)}
-        self._known = known
-        self._exempt = {delimiter for pair in DELIMITERS for delimiter in pair} & set(known)
+        self.control = ControlTokens(control_tokens)
+        self.traits = Traits.of(template, self.control)
+        self._headers = self.traits.headers
         self._ends = {token for token in (*ENDS, eos_token) if token}
-        self._text_arguments = self._wants_text_arguments()
-        self._developer = template.reads("developer")
-        self._parts = self._wants_parts()
-        self._headers = self._generation_prompts()
-
-    # -- what the template is like ------------------------------------------------------------------------------------
-
-    def _generation_prompts(self) -> list[str]:
-        """What stands before the assistant's words: the generation prompt, and the same without an opened reasoning."""
-        probe = [{"role": "user", "content": self._content("x")}]
-        try:
-            with_prompt = self.template.render(probe, add_generation_prompt=True)
-            without = self.template.render(probe)
-        except TemplateRefusal:
-            return []
-        # some templates end a text that has no generation prompt with another token: compare up to there
-        pairs = enumerate(zip(with_prompt, without, strict=False))
-        common = next((place for place, (a, b) in pairs if a != b), min(len(with_prompt), len(without)))
-        for token in self._control.finditer(with_prompt) if self._control else ():
-            if token.start() < common < token.end():
-                common = token.start()
-        prompt = with_prompt[common:]
-        found = [prompt]
-        for opener, _ in DELIMITERS:
-            found.append(prompt.partition(opener)[0])
-        return [text for text in dict.fromkeys(found) if text.strip()]
-
-    def _wants_text_arguments(self) -> bool:
-        """Whether the template wants a call's arguments as text (DeepSeek) and not as an object."""
-        call: dict[str, Any] = {
-            "id": "abcdefghi",
-            "type": "function",
-            "function": {"name": "f", "arguments": {"k": "v"}},
-        }
-        asked: dict[str, Any] = {"role": "user", "content": "x"}
-        probe: list[dict[str, Any]] = [asked, {"role": "assistant", "content": "", "tool_calls": [call]}]
-        try:
-            return '"k"' not in self.template.render(probe) and self._renders_text(probe)
-        except TemplateRefusal:
-            return self._renders_text(probe)
-
-    def _wants_parts(self) -> bool:
-        """Whether the template wants content as a list of parts (templates of models that also see images)."""
-        for content in ("QZQ", [{"type": "text", "text": "QZQ"}]):
-            try:
-                if "QZQ" in self.template.render([{"role": "user", "content": content}]):
-                    return not isinstance(content, str)
-            except TemplateRefusal:
-                continue
-        return False
-
-    def _content(self, text: str) -> str | list[dict[str, str]]:
-        """A message's content in the shape that the template wants."""
-        return [{"type": "text", "text": text}] if self._parts else text
-
-    def _renders_text(self, probe: list[dict[str, Any]]) -> bool:
-        call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": '{"k": "v"}'}}
-        try:
-            return '"k"' in self.template.render([probe[0], {"role": "assistant", "content": "", "tool_calls": [call]}])
-        except TemplateRefusal:
-            return False
 
     # -- rendering ----------------------------------------------------------------------------------------------------
 
     def find(self, conversation: Conversation) -> Rendered:
         """Render a conversation and find the assistant's turns. Raises Unusable."""
-        conversation, escaped = self._escaped(conversation)
+        try:
+            conversation, escaped = self.control.escaped(conversation)
+        except Reserved as error:
+            raise Unusable(str(error)) from None
         try:
             text = self.template.render(self._messages(conversation, None), conversation.tools)
         except TemplateRefusal as error:
@@ -165,22 +93,22 @@ class TurnFinder:
         turns = list(self._turns(conversation, text, pieces))
         return Rendered(text, turns, dropped, escaped)
 
-    def _messages(self, conversation: Conversation, marker: _Marker | None) -> list[dict[str, Any]]:
+    def _messages(self, conversation: Conversation, marker: Marker | None) -> list[dict[str, Any]]:
         """What the template is given; with a marker, the assistant's pieces are marked."""
-        mark = marker.mark if marker else _unmarked
+        mark = marker.mark if marker else unmarked
         result = []
         for index, message in enumerate(conversation.messages):
-            role = "system" if message.role == "developer" and not self._developer else message.role
+            role = "system" if message.role == "developer" and not self.traits.developer else message.role
             item: dict[str, Any] = {"role": role}
             if message.role != "assistant":
-                item["content"] = self._content(mark(message.content, index, "other"))
+                item["content"] = self.traits.content(mark(message.content, index, "other"))
             else:
-                reasoning, parts = self.style.arranged(message)
+                reasoning, parts = self.traits.style.arranged(message)
                 if reasoning:
                     item["reasoning_content"] = item["thinking"] = mark(reasoning, index, "thinking")
                 inline = mark(parts.thinking, index, "thinking", parts.before)
                 content = parts.before + inline + parts.between + mark(parts.answer, index, "answer")
-                item["content"] = self._content(content)
+                item["content"] = self.traits.content(content)
                 if message.tool_calls:
                     item["tool_calls"] = [self._call(call, index, mark) for call in message.tool_calls]
             if message.name is not None:
@@ -191,40 +119,38 @@ class TurnFinder:
         return result
 
     def _call(self, call: dict[str, Any], index: int, mark: Any) -> dict[str, Any]:
-        import json
-
         function = call["function"]
         arguments = function["arguments"]
-        if self._text_arguments:
+        if self.traits.text_arguments:
             arguments = json.dumps(arguments, ensure_ascii=False)
         return call | {"function": {"name": mark(function["name"], index, "call"), "arguments": arguments}}
 
-    def _pieces(self, conversation: Conversation) -> list[_Piece]:
+    def _pieces(self, conversation: Conversation) -> list[Piece]:
         """The assistant's pieces in the order in which `_messages` marks them."""
-        collector = _Marker(0)
+        collector = Marker(0)
         self._messages(conversation, collector)
-        return [_Piece(message, kind, lead) for message, kind, lead in collector.pieces]
+        return [Piece(message, kind, lead) for message, kind, lead in collector.pieces]
 
-    def _locate(self, conversation: Conversation, text: str, pieces: list[_Piece]) -> None:
+    def _locate(self, conversation: Conversation, text: str, pieces: list[Piece]) -> None:
         """Find where each piece went in `text`. Raises Unusable."""
-        base = next((block for block in BLOCKS if not _block_pattern(block).search(text)), None)
+        base = next((block for block in BLOCKS if not PATTERNS[block].search(text)), None)
         if base is None or 2 * len(pieces) > BLOCK:
             raise Unusable("it uses all of Unicode's supplementary private-use characters")
-        if self._try_markers(conversation, text, pieces, _Marker(base)):
+        if self._try_markers(conversation, text, pieces, Marker(base)):
             return
         own = {number for number, piece in enumerate(pieces) if piece.kind != "other"}
-        if self._try_markers(conversation, text, pieces, _Marker(base, own)):
+        if self._try_markers(conversation, text, pieces, Marker(base, own)):
             return
         for number in sorted(own):
-            if not self._try_markers(conversation, text, pieces, _Marker(base, {number})):
+            if not self._try_markers(conversation, text, pieces, Marker(base, {number})):
                 raise Unusable("the answer cannot be located: the template changes it depending on what it says")
 
-    def _try_markers(self, conversation: Conversation, text: str, pieces: list[_Piece], marker: _Marker) -> bool:
+    def _try_markers(self, conversation: Conversation, text: str, pieces: list[Piece], marker: Marker) -> bool:
         try:
             marked = self.template.render(self._messages(conversation, marker), conversation.tools)
         except TemplateRefusal:
             return False
-        pattern = _block_pattern(marker.base)
+        pattern = PATTERNS[marker.base]
         if pattern.sub("", marked) != text:
             return False
         begins: dict[int, int] = {}
@@ -239,7 +165,7 @@ class TurnFinder:
 
     # -- from pieces to turns -----------------------------------------------------------------------------------------
 
-    def _turns(self, conversation: Conversation, text: str, pieces: list[_Piece]) -> Iterator[Turn]:
+    def _turns(self, conversation: Conversation, text: str, pieces: list[Piece]) -> Iterator[Turn]:
         last_end = 0
         for index, message in enumerate(conversation.messages):
             if message.role != "assistant":
@@ -257,7 +183,7 @@ class TurnFinder:
             last_end = max(last_end, turn.end)
             yield turn
 
-    def _choose(self, piece: _Piece, text: str, index: int, last_end: int) -> tuple[int, int]:
+    def _choose(self, piece: Piece, text: str, index: int, last_end: int) -> tuple[int, int]:
         """The place of a piece; of several (a template that quotes it elsewhere), the one right after its header."""
         places = [place for place in piece.places if place[0] >= last_end] or piece.places
         if len(places) == 1:
@@ -284,7 +210,7 @@ class TurnFinder:
                     return end
         return None
 
-    def _turn(self, index: int, placed: list[tuple[_Piece, tuple[int, int]]], text: str, limit: int) -> Turn:
+    def _turn(self, index: int, placed: list[tuple[Piece, tuple[int, int]]], text: str, limit: int) -> Turn:
         """The turn around its pieces; it ends before `limit`, where the next message's content begins."""
         first_piece, (first, _) = min(placed, key=lambda item: item[1][0])
         last_piece, last = max(placed, key=lambda item: item[1][1])
@@ -316,7 +242,8 @@ class TurnFinder:
     def _end(self, text: str, place: int, call: bool, limit: int) -> tuple[int, bool]:
         """Where the turn whose last piece ends at `place` is over, and whether a token ends it."""
         position = place
-        while self._control is not None and (found := self._control.search(text, position, limit)):
+        pattern = self.control.pattern
+        while pattern is not None and (found := pattern.search(text, position, limit)):
             between = text[place : found.start()]
             if call:
                 if any(header in between for header in self._headers):
@@ -328,7 +255,7 @@ class TurnFinder:
                 break
             end = found.end()
             if found.group() not in self._ends:  # a closing token of the answer, before the one that ends the turn
-                following = self._control.match(text, end, limit)
+                following = pattern.match(text, end, limit)
                 if following and following.group() in self._ends:
                     end = following.end()
             return end, True
@@ -338,120 +265,6 @@ class TurnFinder:
     def _ends_call(between: str, token: str) -> bool:
         """Whether a control token that is not known to end turns may end one with tool calls."""
         return between.rstrip().endswith(("}", "]", ">")) and not token.startswith(("</", "[/", "<｜tool", "<|tool"))
-
-    # -- control tokens that content spells -----------------------------------------------------------------------
-
-    def _escaped(self, conversation: Conversation) -> tuple[Conversation, bool]:
-        """The conversation with control tokens in its content spelled by private-use characters, if it has any."""
-        if self._control is None or not self._spells_control(conversation):
-            return conversation, False
-        count = 0
-
-        def substitute(found: re.Match[str]) -> str:
-            nonlocal count
-            count += 1
-            return f"{ESCAPE_OPEN}{self._numbers[found.group()]}{ESCAPE_CLOSE}"
-
-        def keep_thinking(found: re.Match[str]) -> str:
-            return found.group() if found.group() in self._exempt else substitute(found)
-
-        def walk(value: Any, replace_with: Any = substitute) -> Any:
-            if isinstance(value, str):
-                if ESCAPE_OPEN in value or ESCAPE_CLOSE in value:
-                    raise Unusable("it holds the private-use characters U+10FFFA or U+10FFFB")
-                return self._control.sub(replace_with, value) if self._control else value
-            if isinstance(value, list):
-                return [walk(item) for item in value]
-            if isinstance(value, dict):
-                return {walk(key): walk(item) for key, item in value.items()}
-            return value
-
-        messages = [
-            Message(
-                message.role,
-                walk(message.content, keep_thinking if message.role == "assistant" else substitute),
-                walk(message.thinking),
-                walk(message.tool_calls),
-                walk(message.name),
-                walk(message.tool_call_id),
-                message.weight,
-            )
-            for message in conversation.messages
-        ]
-        tools = walk(conversation.tools)
-        return (Conversation(messages, tools), True) if count else (conversation, False)
-
-    def _spells_control(self, conversation: Conversation) -> bool:
-        """Whether any string of the conversation may need escaping."""
-        assert self._control is not None
-        found = self._suspicious.search
-        for message in conversation.messages:
-            if found(message.content) or message.thinking or message.tool_calls or message.name:
-                return True
-        return conversation.tools is not None
-
-    def without_end(self, text: str) -> str:
-        """A text without the control tokens and white space at its end."""
-        while self._control is not None:
-            text = text.rstrip()
-            last = next((token for token in self._known if text.endswith(token)), None)
-            if last is None:
-                break
-            text = text[: -len(last)]
-        return text
-
-    def unescaped(self, text: str, alias: Any) -> tuple[str, list[tuple[int, int]]]:
-        """The text with the template's control tokens under their aliases and the content's spelled as they were.
-
-        Returns it with the places, in the old and in the new text, from which on they run in parallel.
-        """
-        assert self._control is not None
-        both = re.compile(f"{ESCAPE_OPEN}(\\d+){ESCAPE_CLOSE}|{self._control.pattern}")
-        parts, places = [], [(0, 0)]
-        begin = size = 0
-        for found in both.finditer(text):
-            plain = text[begin : found.start()]
-            new = self._known[int(found.group(1))] if found.group(1) else alias(found.group())
-            parts += [plain, new]
-            places.append((found.start(), size + len(plain)))
-            size += len(plain) + len(new)
-            begin = found.end()
-            places.append((begin, size))
-        parts.append(text[begin:])
-        return "".join(parts), places
-
-
-class _Marker:
-    """Puts private-use characters around pieces of text and remembers what they are."""
-
-    def __init__(self, base: int, only: set[int] | None = None) -> None:
-        self.base = base
-        self.only = only
-        self.pieces: list[tuple[int, Kind, str]] = []
-
-    def mark(self, text: str, message: int, kind: Kind, before: str = "") -> str:
-        """`text` with its first and last visible character marked; white space outside can still be trimmed."""
-        core = text.strip()
-        if not core:
-            return text
-        number = len(self.pieces)
-        begin = text.index(core)
-        self.pieces.append((message, kind, before + text[:begin]))
-        if not self.base or (self.only is not None and number not in self.only):
-            return text
-        opened, closed = chr(self.base + 2 * number), chr(self.base + 2 * number + 1)
-        return f"{text[:begin]}{opened}{core}{closed}{text[begin + len(core) :]}"
-
-
-def _unmarked(text: str, message: int, kind: Kind, before: str = "") -> str:
-    return text
-
-
-def _block_pattern(base: int) -> re.Pattern[str]:
-    return _PATTERNS[base]
-
-
-_PATTERNS = {base: re.compile(f"[{chr(base)}-{chr(base + BLOCK)}]") for base in BLOCKS}
 
 
 def _leading(lead: str, text: str, first: int) -> int:
