@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.errors import MlxLoraError
-from tests.faults import foreign
+from tests.faults import foreign, gguf_files
 
 
 @dataclass(frozen=True)
@@ -347,4 +347,6 @@ TARGETS: dict[str, Target] = {
     "model": Target(model_seeds, read_model, place=place_model),
     "rows": Target(rows_seeds, read_rows, judge_rows, place=place_rows),
     "template": Target(template_seeds, read_template, suffix=".jinja", refusals=template_refusals()),
+    "gguf": Target(gguf_files.gguf_seeds, gguf_files.read_header, gguf_files.judge_header, ".gguf"),
+    "gguf-model": Target(gguf_files.gguf_seeds, gguf_files.read_model, gguf_files.judge_model, ".gguf"),
 }
