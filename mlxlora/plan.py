@@ -17,7 +17,7 @@ from mlxlora.files import human_bytes
 from mlxlora.memory import limit_of
 from mlxlora.model import load
 from mlxlora.objectives.sft import sft
-from mlxlora.reporting.console import clock
+from mlxlora.reporting.clock import clock
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.forecast import GRADES, Forecast, advice, arrays, forecast, largest
 from mlxlora.training.loop import count_steps

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from mlxlora.files import human_bytes
+from mlxlora.reporting.clock import clock
 
 if TYPE_CHECKING:
+    from rich.console import Console as Terminal
+    from rich.live import Live
     from rich.progress import Progress, TaskID
 
+    from mlxlora.reporting.panel import Panel
     from mlxlora.training import events
 
 PLAIN_SECONDS = 5.0  # without a terminal: at most one step line in so many seconds
 
 
 class Console:
-    """Shows progress and events; `progress` and `event` are the callbacks that verbs take."""
+    """Shows progress and events; `progress` and `event` are the callbacks that verbs take.
 
-    def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
+    terminal: where to draw; default stderr, drawn on only where it is a terminal that can move its cursor
+    """
+
+    def __init__(self, terminal: Terminal | None = None) -> None:
+        self.live = terminal is not None or (
+            sys.stderr.isatty() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+        )
+        self.terminal = terminal
         self.bars: Progress | None = None
+        self.panel: Panel | None = None
+        self.drawing: Live | None = None
         self.tasks: dict[str, TaskID] = {}
         self.last_line = 0.0
         self.told: set[str] = set()
@@ -33,8 +46,22 @@ class Console:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave what is drawn as it stands and draw no more."""
+        if self.drawing is not None:
+            self.drawing.stop()
         if self.bars is not None:
             self.bars.stop()
+        self.drawing, self.bars, self.tasks = None, None, {}
+
+    def screen(self) -> Terminal:
+        from rich.console import Console as Terminal
+
+        if self.terminal is None:
+            self.terminal = Terminal(stderr=True)
+        return self.terminal
 
     def progress(self, what: str, done: int, total: int) -> None:
         """One bar for each `what`; without a terminal one line when it begins."""
@@ -43,38 +70,60 @@ class Console:
                 self.told.add(what)
                 print(f"{what} …", file=sys.stderr, flush=True)
             return
+        if self.drawing is not None:  # the panel has the screen
+            return
         bars = self.start()
         if what not in self.tasks:
-            self.tasks[what] = bars.add_task(what, total=total or None, note="")
+            self.tasks[what] = bars.add_task(what, total=total or None)
         bars.update(self.tasks[what], completed=done, total=total or None)
 
     def start(self) -> Progress:
         from rich import progress
-        from rich.console import Console as RichConsole
 
         if self.bars is None:
             self.bars = progress.Progress(
                 progress.TextColumn("{task.description}"),
                 progress.BarColumn(bar_width=24),
                 progress.TaskProgressColumn(),
-                progress.TextColumn("{task.fields[note]}"),
                 progress.TimeElapsedColumn(),
                 progress.TimeRemainingColumn(),
-                console=RichConsole(stderr=True),
+                console=self.screen(),
             )
             self.bars.start()
         return self.bars
 
     def say(self, line: str) -> None:
-        if self.bars is not None:
-            self.bars.console.print(line, highlight=False, markup=False)
+        if self.live:
+            self.screen().print(line, highlight=False, markup=False, soft_wrap=True)
         else:
             print(line, file=sys.stderr, flush=True)
+
+    def draw(self, event: events.Event) -> None:
+        """On a terminal: everything in the panel, which stays in its place; only notices are lines of their own."""
+        from rich.live import Live
+
+        from mlxlora.reporting.panel import Panel
+        from mlxlora.training import events
+
+        if isinstance(event, events.Started):
+            self.stop()
+            self.panel = Panel(event)
+            self.drawing = Live(self.panel, console=self.screen(), refresh_per_second=4)
+            self.drawing.start()
+        if self.panel is not None:
+            self.panel.show(event)
+        if isinstance(event, events.Notice):
+            self.say(f"note: {event.message}")
+        if isinstance(event, events.Finished):
+            self.stop()
 
     def event(self, event: events.Event) -> None:
         """Show one event of a run."""
         from mlxlora.training import events
 
+        if self.live:
+            self.draw(event)
+            return
         match event:
             case events.Started():
                 share = 100 * event.trainable_parameters / max(event.total_parameters, 1)
@@ -103,25 +152,10 @@ class Console:
         )
         if event.best_loss is not None:
             note += f"  best {event.best_loss:.4f}"
-        if self.live:
-            bars = self.start()
-            if "train" not in self.tasks:
-                self.tasks["train"] = bars.add_task("train", total=event.steps, note="")
-            bars.update(self.tasks["train"], completed=event.step, note=note)
-        elif event.step == event.steps or time.monotonic() - self.last_line >= PLAIN_SECONDS:
+        if event.step == event.steps or time.monotonic() - self.last_line >= PLAIN_SECONDS:
             self.last_line = time.monotonic()
             percent = 100 * event.step / event.steps
             self.say(
                 f"{percent:3.0f} %  step {event.step:,}/{event.steps:,}  {note}  "
                 f"{clock(event.elapsed)} elapsed, {clock(event.remaining)} left"
             )
-
-
-def clock(seconds: float) -> str:
-    """12 s, 3 min 05 s, 2 h 07 min."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

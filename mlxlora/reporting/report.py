@@ -16,7 +16,7 @@ from typing import Any
 
 from mlxlora.errors import RunError
 from mlxlora.files import human_bytes, read_json, read_yaml, write_whole
-from mlxlora.reporting.console import clock
+from mlxlora.reporting.clock import clock
 from mlxlora.reporting.jsonl import read
 
 POINTS = 2000  # of one curve; longer ones are thinned out evenly
