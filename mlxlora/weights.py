@@ -110,6 +110,8 @@ def write(
         one = len(plan) == 1
         path = directory / ("model.safetensors" if one else f"model-{number:05d}-of-{len(plan):05d}.safetensors")
         shard = {name: tensors.pop(name) for name in names}
+        for tensor in shard.values():
+            mx.eval(tensor)  # one by one: what it is made of (a wider source) is let go before the next
         mx.save_safetensors(str(path), shard, metadata=metadata or {"format": "mlx"})
         weight_map |= dict.fromkeys(names, path.name)
         paths.append(path)

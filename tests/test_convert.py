@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from mlxlora import architecture, mlxlm, model
+from mlxlora import architecture, hub, mlxlm, model, weights
 from mlxlora.convert import convert
 from mlxlora.errors import ConfigError, InputError, ModelError, UnsupportedError
 from mlxlora.quantize import QuantizeConfig
@@ -188,3 +188,32 @@ def test_torch_files_without_torch_are_refused(tmp_path: Path, monkeypatch: pyte
         convert(str(source), tmp_path / "out")
     with pytest.raises(ModelError, match="mlxlora convert"):
         model.load_network(source)
+
+
+def test_a_model_passes_through_at_the_cost_of_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = 4 << 20
+    whole = weights.write
+    monkeypatch.setattr(weights, "write", lambda *given, **more: whole(*given, **{**more, "shard_bytes": shard}))
+    sizes = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 12}
+    source = tiny.model_directory(tmp_path / "source", "llama", **sizes)
+    total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    for options in ({"dtype": "bfloat16"}, {"quantize": QuantizeConfig(bits=8)}, {}):
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        convert(str(source), tmp_path / str(len(options) + len(str(options))), check=False, **options)  # type: ignore[arg-type]
+        used = mx.get_peak_memory() - before
+        assert used < 3 * shard < total, f"{options}: {used / 1e6:.1f} MB for a model of {total / 1e6:.1f} MB"
+
+
+def test_from_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tiny.model_directory(tmp_path / "cache", "llama")
+    asked = []
+
+    def fetch(name: str, revision: str | None) -> Path:
+        asked.append((name, revision))
+        return source
+
+    monkeypatch.setattr(hub, "_fetch", fetch)
+    result = convert("someone/tiny", tmp_path / "out", revision="v1", check=False)
+    assert asked == [("someone/tiny", "v1")] and result.source == source
+    assert mx.array_equal(logits(source), logits(tmp_path / "out"))
