@@ -36,7 +36,7 @@ BLOCK = 32
 CODED: dict[str, tuple[int, int | None]] = {
     "q8_0": (8, 128), "q4_0": (4, 8), "q5_0": (5, 16), "q4_1": (4, None), "q5_1": (5, None)
 }  # fmt: skip
-CHUNK = 1 << 22  # values that are in memory at a time, as float32: 16 MiB
+CHUNK = 1 << 20  # values that are in memory at a time, as float32: 4 MiB
 
 
 @dataclass(frozen=True, slots=True)

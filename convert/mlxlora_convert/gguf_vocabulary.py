@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.errors import ModelError, Problem, UnsupportedError
+from mlxlora.tokenizer import Tokenizer
 from mlxlora_convert import gguf_pretokenizers
 from mlxlora_convert.gguf_pieces import sentencepiece
 from mlxlora_convert.gguf_tokens import CONTROL, NORMAL, SPECIAL, UNUSED, USER_DEFINED, Vocabulary, some
@@ -101,8 +103,23 @@ def add_special(found: Vocabulary, hf: Any, backend: Any) -> None:
             f"and EOS ({eos}) here."
         )
     found.flags |= {"add_bos_token": bool(before), "add_eos_token": bool(after)}
-    template = hf.chat_template
-    if isinstance(template, dict):
-        found.templates = {str(name): str(text) for name, text in template.items()}
-    elif template:
-        found.templates = {"default": str(template)}
+    tokenizer = Tokenizer(hf)
+    found.templates = tokenizer.chat_templates
+    turn_end = end_of_turn(tokenizer)
+    if turn_end is not None and turn_end != eos:
+        found.ids["eot_token_id"] = turn_end
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The control token that the chat template puts after an answer, found by rendering one; None without one."""
+    source, controls = tokenizer.chat_template, tokenizer.control_pattern
+    if source is None or controls is None:
+        return None
+    answer = "Say1a"
+    messages = [{"role": "user", "content": "Ask1q"}, {"role": "assistant", "content": answer}]
+    try:
+        text = ChatTemplate(source, tokenizer.special_variables).render(messages)
+    except (TemplateRefusal, ModelError):
+        return None
+    mark = controls.search(text.rpartition(answer)[2]) if answer in text else None
+    return tokenizer.control_tokens[mark[0]] if mark else None

@@ -45,11 +45,13 @@ def write_file(
         block, size = block_size(one.type)
         shape = (*one.shape[:-1], one.shape[-1] // block * size)  # in bytes, as the writer wants it
         writer.add_tensor_info(one.name, shape, np.dtype(np.uint8), one.nbytes, raw_dtype=ggml_type(one.type))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    kept = write_tensors(writer.fout[0], tensors, on_progress)
-    writer.close()
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        kept = write_tensors(writer.fout[0], tensors, on_progress)
+    finally:
+        writer.close()
     return Written(path.stat().st_size, kept)
 
 
