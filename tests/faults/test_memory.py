@@ -1,0 +1,67 @@
+"""A long run takes no more memory at its end than at its beginning; one that cannot fit is refused before it starts."""
+
+import resource
+import sys
+from pathlib import Path
+
+import pytest
+
+from mlxlora import cli
+from mlxlora.training.events import Event, Step
+from tests import tiny
+from tests.faults import session
+
+
+def resident() -> int:
+    """Bytes of this process in memory now (on macOS: the most so far)."""
+    if sys.platform == "linux":
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def flat(folder: Path, steps: int, most: int) -> None:
+    """most: bytes that the process may grow by, from the first half of the run (a fifth left aside) to the second."""
+    tiny.model_directory(folder / "model", "qwen3")
+    session.rows(folder / "data.jsonl")
+    seen: list[tuple[int, int, int]] = []
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Step):
+            seen.append((resident(), event.memory, event.peak_memory))
+
+    options = {
+        "training.steps": steps, "training.batch_size": 2, "adapter.dropout": 0.1, "adapter.rank": 2,
+        "training.save_every": max(steps // 10, 50), "training.validate_every": max(steps // 10, 50),
+    }  # fmt: skip
+    session.run(folder / "model", folder / "data.jsonl", folder / "run", options, on_event=hear)
+    # the most in each window: what is held at one moment depends on the batch
+    early, late = (
+        tuple(map(max, zip(*part, strict=True))) for part in (seen[steps // 5 : steps // 2], seen[steps // 2 :])
+    )
+    assert late[0] - early[0] <= most, f"the process grew from {early[0]:,} to {late[0]:,} bytes"
+    assert late[1] <= early[1] + 150_000, f"MLX held {early[1]:,} bytes, now {late[1]:,}"
+    assert late[2] <= early[2] + 150_000, f"the peak rose from {early[2]:,} to {late[2]:,} bytes"
+    print(
+        f"{steps:,} steps: process {early[0] / 1e6:.1f} MB in the first half, {late[0] / 1e6:.1f} MB in the second;"
+        f" MLX {early[1]:,} and {late[1]:,} bytes, peak {early[2]:,} and {late[2]:,}"
+    )
+
+
+def test_memory_is_flat_short(tmp_path: Path) -> None:
+    flat(tmp_path, 200, most=8_000_000)
+
+
+@pytest.mark.faults
+def test_memory_is_flat_long(tmp_path: Path) -> None:
+    flat(tmp_path, 10_000, most=8_000_000)
+
+
+def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.model_directory(tmp_path / "model", "qwen3", hidden_size=256, intermediate_size=1024)
+    session.rows(tmp_path / "data.jsonl")
+    words = session.flags(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "run", {"training.steps": 2})
+    code = cli.main([*words, "--memory_limit", "2MB"])
+    said = capsys.readouterr().err
+    assert code in (1, 2) and "Traceback" not in said, said
+    assert "will not fit" in said and "the limit is 2.0 MB" in said and "quantize" in said, said
+    assert not (tmp_path / "run").exists()
