@@ -35,7 +35,7 @@ def test_packed_is_unpacked(family: str, tokenizer: Tokenizer) -> None:
     network = tiny.network(family)
     inject(network, AdapterConfig(rank=4), seed=1)
     reference.awaken(network)
-    engine = Engine(network, EngineConfig(compile=False))
+    engine = Engine(network, EngineConfig(compile="never"))
     results = [
         epoch(engine, data, config)
         for config in (BatchConfig(batch_size=1), BatchConfig(batch_size=5), BatchConfig(packing=True, max_length=128))
