@@ -25,7 +25,9 @@ from mlxlora.errors import (
 )
 from mlxlora.evaluate import evaluate
 from mlxlora.finetune import finetune
+from mlxlora.fuse import fuse
 from mlxlora.generate import SamplingConfig, complete, generate, stream
+from mlxlora.merge import merge
 from mlxlora.model import LanguageModel, load, save
 from mlxlora.quantize import QuantizeConfig
 from mlxlora.reporting.report import report
@@ -66,11 +68,13 @@ __all__ = [
     "doctor",
     "evaluate",
     "finetune",
+    "fuse",
     "generate",
     "inject",
     "load",
     "load_adapter",
     "load_data",
+    "merge",
     "remove",
     "report",
     "save",
