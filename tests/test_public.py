@@ -10,7 +10,8 @@ NAMES = """
     AdapterConfig AdapterError BatchConfig ConfigError Control DataError Dataset Dialogue Engine EngineConfig
     FinetuneResult InputError LanguageModel MlxLoraError ModelError OptimizerConfig QuantizeConfig RunError
     SamplesConfig SamplingConfig TrainingConfig TrainingError UnsupportedError __version__ complete convert doctor
-    evaluate finetune fuse merge generate inject load load_adapter load_data remove report save save_adapter serve stream
+    evaluate finetune fuse generate inject load merge
+    load_adapter load_data remove report save save_adapter serve stream
 """
 
 
