@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlxlora.data import BatchConfig, Dataset, SamplesConfig, collate, plan_epoch
 from mlxlora.data import load as load_data
-from mlxlora.engine import Engine
+from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
@@ -151,7 +151,7 @@ def score(
     longest = int(dataset.lengths.max(initial=1))
     config = BatchConfig(tokens_per_batch=max(tokens_per_batch, longest))
     plan = plan_epoch(dataset.lengths, config, seed=0, epoch=0, shuffle=False)
-    engine = Engine(model.network)
+    engine = Engine(model.network, EngineConfig(checkpoint_blocks="none"))  # there is no way back to prepare
     total, weight = 0.0, 0.0
     try:
         pending: list[tuple[mx.array, mx.array]] = []

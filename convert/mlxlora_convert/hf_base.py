@@ -79,7 +79,9 @@ def _load(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return transformers.AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32).eval()
+            return transformers.AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=torch.float32, trust_remote_code=False
+            ).eval()
     finally:
         logging.set_verbosity(level)
         if shown:
