@@ -20,7 +20,7 @@ help:
 	@echo "make demo           fine-tune, score, fuse and quantize the embedded model (offline, about two minutes)"
 	@echo "make test           lint, types, tests"
 	@echo "make parity         tests against PyTorch, transformers, PEFT and llama.cpp (installs them: 1.5 GB)"
-	@echo "make faults         the long form of the fault tests"
+	@echo "make faults         the long form of the fault tests: kills, full disks, hostile files, fuzzing (an hour)"
 	@echo "make architectures  one LoRA step on every architecture of mlx-lm"
 	@echo "make bench          speed and memory against mlx-lm and PyTorch + PEFT, as ratios"
 	@echo "make clean          remove .venv and everything generated"
@@ -60,7 +60,9 @@ parity: setup
 	$(BIN)/python -m pip install --quiet --editable '.[parity]'
 	$(TESTS) -n 2 -m parity
 
+# atheris (coverage-guided fuzzing) has wheels for Linux alone; without it those tests are skipped
 faults: setup
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet 'atheris>=3.0' || true
 	$(TESTS) -m faults -s
 
 architectures: setup

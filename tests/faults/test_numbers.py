@@ -1,4 +1,4 @@
-"""A loss that is no number: the update is left out; the run stops and names step and samples; nothing wrong is saved."""
+"""A loss that is no number: the update is left out, the run stops and names step and samples, nothing bad is saved."""
 
 import json
 from pathlib import Path
