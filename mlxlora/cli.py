@@ -32,6 +32,7 @@ class Verb(NamedTuple):
 
 
 VERBS: dict[str, Verb] = {
+    "demo": Verb("mlxlora.demo.run:demo", "go the whole way once, offline, with the embedded model and data"),
     "convert": Verb("mlxlora.convert:convert", "make an MLX model of a Hugging Face model, and quantize it"),
     "data check": Verb("mlxlora.data.check:check", "look at data: lengths, every token's loss, warnings", ("data",)),
     "data convert": Verb("mlxlora.data.convert:convert", "write data as messages or ShareGPT", ("data",)),

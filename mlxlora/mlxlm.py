@@ -21,6 +21,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlxlora.errors import ModelError, UnsupportedError, nearest
 
@@ -144,7 +145,7 @@ def load_network(
         used.append(base)
         return _checked(base, check, prepare), arguments
 
-    with _as_errors(str(directory)):
+    with _as_errors(str(directory)), _randomness_kept():
         network, config = module("utils").load_model(
             directory,
             lazy=True,
@@ -155,6 +156,16 @@ def load_network(
     network.__class__ = used[0]
     config.pop("model_file", None)
     return cast(nn.Module, network), cast(dict[str, Any], config)
+
+
+@contextlib.contextmanager
+def _randomness_kept() -> Iterator[None]:
+    """Layers draw first weights when they are made, which loading replaces: no reason to move MLX's global state."""
+    high, low = np.array(cast(Any, mx.random.state)[0]).tolist()
+    try:
+        yield
+    finally:
+        mx.random.seed(high << 32 | low)  # a key is the two halves of its seed
 
 
 def _checked(

@@ -10,47 +10,66 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from mlxlora.demo.names import TRAINING, Topic, invented_topic, invented_word, mixed_topic
-from mlxlora.demo.questions import make_query, make_tables
+from mlxlora.demo.questions import JOIN_SHARE, make_query, make_tables
 from mlxlora.demo.score import Table
 
 END_OF_TEXT = "<|endoftext|>"
 TURN, END_OF_TURN = "<|im_start|>", "<|im_end|>"
 
 
-def _topic(rng: random.Random) -> Topic:
-    draw = rng.random()
-    if draw < 0.8:
-        return invented_topic(rng)
-    return mixed_topic(rng) if draw < 0.9 else rng.choice(TRAINING)
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What the documents are about."""
+
+    pieces: tuple[str, ...] = ()
+    """of the tokenizer's vocabulary: half of the invented words are made of them"""
+    joins: float = JOIN_SHARE
+    """the share of documents about two tables"""
+    topics: Callable[[random.Random], Topic] | None = None
+    """what tables are about; default: mostly invented words"""
+
+    def topic(self, rng: random.Random) -> Topic:
+        """What one table is about."""
+        if self.topics:
+            return self.topics(rng)
+        draw = rng.random()
+        if draw < 0.8:
+            return invented_topic(rng, self.pieces)
+        return mixed_topic(rng) if draw < 0.9 else rng.choice(TRAINING)
+
+    def tables(self, rng: random.Random) -> tuple[Table, ...]:
+        """One table, or two that can be joined."""
+        return make_tables(self.topic, rng, self.joins)
 
 
 def _schema(tables: tuple[Table, ...]) -> str:
     return "\n".join(table.schema() for table in tables)
 
 
-def notes_with_sql(rng: random.Random, topics: Callable[[random.Random], Topic] = _topic) -> str:
+def notes_with_sql(rng: random.Random, recipe: Recipe) -> str:
     """A schema and a few notes, each followed by its query."""
-    tables = make_tables(topics, rng)
+    tables = recipe.tables(rng)
     lines = [_schema(tables)]
     for query in [make_query(tables, rng) for _ in range(rng.randint(2, 5))]:
         lines += [f"-- {query.note(rng)}", query.sql()]
     return "\n".join(lines)
 
 
-def sql_with_notes(rng: random.Random) -> str:
+def sql_with_notes(rng: random.Random, recipe: Recipe) -> str:
     """A schema and a few queries, each followed by what it fetches."""
-    tables = make_tables(_topic, rng)
+    tables = recipe.tables(rng)
     lines = [_schema(tables)]
     for query in [make_query(tables, rng) for _ in range(rng.randint(2, 4))]:
         lines.append(f"{query.sql()}\nThis fetches the {query.note(rng)}.")
     return "\n".join(lines)
 
 
-def told_in_prose(rng: random.Random) -> str:
+def told_in_prose(rng: random.Random, recipe: Recipe) -> str:
     """A chat: a table and a question; the answer says in prose what is asked for."""
-    tables = make_tables(_topic, rng)
+    tables = recipe.tables(rng)
     turns = []
     for index, query in enumerate(make_query(tables, rng) for _ in range(rng.choice((1, 1, 2, 3)))):
         asked = query.question(rng) if index else f"{_schema(tables)}\n{query.question(rng)}"
@@ -60,9 +79,9 @@ def told_in_prose(rng: random.Random) -> str:
     return "".join(turns)
 
 
-def filled_table(rng: random.Random) -> str:
+def filled_table(rng: random.Random, recipe: Recipe) -> str:
     """A schema and some of its rows in prose."""
-    (table,) = make_tables(_topic, rng)[:1]
+    (table,) = recipe.tables(rng)[:1]
     lines = [table.schema()]
     for row in table.rows[: rng.randint(2, 4)]:
         cells = [
@@ -73,9 +92,12 @@ def filled_table(rng: random.Random) -> str:
     return "\n".join(lines)
 
 
-def repeated_words(rng: random.Random) -> str:
+def repeated_words(rng: random.Random, recipe: Recipe) -> str:
     """A list of invented words and numbers, said again in the same and in another order."""
-    words = [invented_word(rng) if rng.random() < 0.75 else str(rng.randint(1, 999)) for _ in range(rng.randint(6, 14))]
+    words = [
+        invented_word(rng, recipe.pieces) if rng.random() < 0.75 else str(rng.randint(1, 999))
+        for _ in range(rng.randint(6, 14))
+    ]
     shuffled = rng.sample(words, len(words))
     pairs = [f"{one} {two}" for one, two in itertools.pairwise(words)]
     return " ".join(
@@ -96,7 +118,7 @@ def repeated_words(rng: random.Random) -> str:
     )
 
 
-KINDS: dict[Callable[[random.Random], str], float] = {
+KINDS: dict[Callable[[random.Random, Recipe], str], float] = {
     notes_with_sql: 0.40,
     sql_with_notes: 0.15,
     told_in_prose: 0.30,
@@ -106,9 +128,9 @@ KINDS: dict[Callable[[random.Random], str], float] = {
 """The kinds of documents, each with its share of them."""
 
 
-def documents(seed: int, count: int | None = None) -> Iterator[str]:
+def documents(seed: int, count: int | None = None, *, recipe: Recipe = Recipe()) -> Iterator[str]:
     """Documents without end, or `count` of them; the same for the same seed."""
     rng = random.Random(f"corpus {seed}")
     makers, shares = list(KINDS), list(KINDS.values())
     for _ in itertools.count() if count is None else range(count):
-        yield rng.choices(makers, shares)[0](rng)
+        yield rng.choices(makers, shares)[0](rng, recipe)

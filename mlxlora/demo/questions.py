@@ -178,10 +178,12 @@ def is_telling(tables: Sequence[Table], query: Query) -> bool:
     return not any(results_agree(gold, run_query(tables, near.sql()), ordered=ordered) for near in query.neighbours())
 
 
-def make_tables(topics: Callable[[random.Random], Topic], rng: random.Random) -> tuple[Table, ...]:
-    """One table, or for a join two."""
+def make_tables(
+    topics: Callable[[random.Random], Topic], rng: random.Random, joins: float = JOIN_SHARE
+) -> tuple[Table, ...]:
+    """One table, or for a join (a share `joins` of all) two."""
     first = topics(rng)
-    if rng.random() >= JOIN_SHARE:
+    if rng.random() >= joins:
         return (make_table(first, rng),)
     second = topics(rng)
     while first.words & second.words:

@@ -13,12 +13,15 @@ own operations: the same code runs on Metal, CUDA and CPUs.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 
+from mlxlora.engine.device import on_cpu, power, settle, unit
+
+Result = tuple[mx.array, mx.array]
 SCORES_AT_A_TIME = 1 << 22  # numbers in one chunk of scores: 16 MiB in float32
 CHUNK = 256
 
@@ -58,55 +61,46 @@ def attend(
     pattern: Pattern,
     sinks: mx.array | None = None,
     segments: mx.array | None = None,
-    result: mx.array | None = None,
-) -> mx.array:
-    """Attention of queries [B, H, T, d] over keys [B, K, T, d] and values [B, K, T, e]: [B, H, T, e].
+    result: Result | None = None,
+) -> tuple[mx.array, Result]:
+    """Attention of queries [B, H, T, d] over keys [B, K, T, d] and values [B, K, T, e]: [B, H, T, e], and its result.
 
     sinks:    [H], one more score in each softmax that takes probability and gives nothing
     segments: int [B, T]; tokens of different numbers do not see each other
-    result:   what this call gave in an earlier forward pass, to be taken instead of computed again
+    result:   what this call gave in an earlier forward pass, to be taken instead of computed again: the output, and
+              the logarithm of each softmax's sum [B, H, T, 1] (empty where a fused kernel does not give it)
     """
+
+    narrow = queries.dtype
+    if on_cpu() and narrow != mx.float32:
+        queries, keys, values = (array.astype(mx.float32) for array in (queries, keys, values))
 
     # integers have no gradient, so the segments are no argument of the function that has one
     @mx.custom_function
-    def attention(queries: mx.array, keys: mx.array, values: mx.array, sinks: mx.array | None = None) -> mx.array:
-        return _forward(_Call(queries, keys, values, sinks, segments, scale, pattern)) if result is None else result
+    def attention(*primals: mx.array) -> tuple[mx.array, mx.array]:
+        return _forward(_Call(primals, segments, scale, pattern)) if result is None else result
 
     @attention.vjp
-    def backward(primals: Any, cotangent: mx.array, output: mx.array) -> Any:
-        queries, keys, values, *rest = primals
-        call = _Call(queries, keys, values, rest[0] if rest else None, segments, scale, pattern)
-        return _backward(call, cotangent, output)
+    def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
+        return _backward(_Call(primals, segments, scale, pattern), cotangents[0], *outputs)
 
-    value: Any = attention(queries, keys, values) if sinks is None else attention(queries, keys, values, sinks)
-    out: mx.array = value
-    return out
-
-
-def on_cpu() -> bool:
-    """Whether MLX computes on a CPU, where no kernel is fused and products are BLAS calls."""
-    return bool(mx.default_device().type == mx.cpu)
+    both: Any = attention(queries, keys, values, *([] if sinks is None else [sinks]))
+    out: mx.array = both[0].astype(narrow)
+    return out, (both[0], both[1])
 
 
 class _Call:
     """One call of `attend`, cut into slabs of key heads and chunks of queries."""
 
-    def __init__(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        sinks: mx.array | None,
-        segments: mx.array | None,
-        scale: float,
-        pattern: Pattern,
-    ) -> None:
+    def __init__(self, primals: Sequence[mx.array], segments: mx.array | None, scale: float, pattern: Pattern) -> None:
+        queries, keys, values, *sinks = primals
         self.rows, self.heads, self.length, self.width = queries.shape
         self.key_heads = keys.shape[1]
         self.group = self.heads // self.key_heads
         self.scale, self.pattern, self.segments = scale, pattern, segments
         self.dtype = queries.dtype
-        self.queries, self.keys, self.values, self.sinks = queries, keys, values, sinks
+        self.queries, self.keys, self.values = queries, keys, values
+        self.sinks = sinks[0] if sinks else None
         self.chunk = min(self.length, pattern.chunk or self._chunk())
         one = self.rows * self.group * self.chunk * self.length
         self.slab = max(1, min(self.key_heads, SCORES_AT_A_TIME // one))
@@ -156,77 +150,96 @@ class _Call:
             seen = seen & same
         return seen
 
-    def probabilities(
-        self, queries: mx.array, keys: mx.array, head: int, chunk: tuple[int, int, int]
-    ) -> tuple[mx.array, mx.array | None, mx.array | None]:
-        """softmax [B, k, G·C, N] of folded queries, the capped scores (with a soft-cap), and the sinks' probability."""
-        scores = (queries * self.scale) @ keys.swapaxes(-1, -2)
+    def scores(
+        self, queries: mx.array, keys: mx.array, chunk: tuple[int, int, int]
+    ) -> tuple[mx.array, mx.array | None]:
+        """Masked scores [B, k, G·C, N] in units of `power`, and the tanh of a soft-cap."""
+        scores = (queries * (self.scale * unit())) @ keys.swapaxes(-1, -2)
         rows, heads, folded, seen = scores.shape
+        scores = scores.astype(mx.float32)
         capped = None
         if self.pattern.softcap is not None:
-            capped = mx.tanh(scores.astype(mx.float32) / self.pattern.softcap)
-            scores = (capped * self.pattern.softcap).astype(scores.dtype)
-        by_head = scores.reshape(rows, heads, self.group, folded // self.group, seen)
+            capped = mx.tanh(scores * (1 / (unit() * self.pattern.softcap)))
+            scores = capped * (unit() * self.pattern.softcap)
         mask = self.allowed(*chunk)
         mask = mask[:, :, None] if mask.ndim == 4 else mask
-        by_head = mx.where(mask, by_head, mx.array(-mx.inf, scores.dtype))
+        by_head = scores.reshape(rows, heads, self.group, folded // self.group, seen)
+        return mx.where(mask, by_head, -mx.inf).reshape(scores.shape), capped
+
+    def sink(self, heads: tuple[int, int], like: mx.array) -> mx.array | None:
+        """The sinks of a slab's heads in units of `power`: [1, k, G·C, 1]."""
         if self.sinks is None:
-            return mx.softmax(by_head, axis=-1, precise=True).reshape(scores.shape), capped, None
-        sinks = self.sinks[head * self.group : (head + heads) * self.group].astype(mx.float32)
-        sinks = sinks.reshape(1, heads, self.group, 1, 1)
-        wide = by_head.astype(mx.float32)
-        top = mx.stop_gradient(mx.maximum(wide.max(axis=-1, keepdims=True), sinks))
-        wide, sunk = mx.exp(wide - top), mx.exp(sinks - top)
-        total = wide.sum(axis=-1, keepdims=True) + sunk
-        return (wide / total).astype(scores.dtype).reshape(scores.shape), capped, sunk / total
+            return None
+        sinks = self.sinks[heads[0] * self.group : heads[1] * self.group].astype(mx.float32) * unit()
+        each = mx.repeat(sinks[:, None], like.shape[2] // self.group, axis=1)
+        return each.reshape(1, heads[1] - heads[0], -1, 1)
+
+    def normalizer(self, scores: mx.array, sink: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
+        """(powers of the scores above their maximum, their sum, logarithm of the sum of all) of each row."""
+        top = scores.max(axis=-1, keepdims=True)
+        top = top if sink is None else mx.maximum(top, sink)
+        powers = power(scores - top)
+        total = powers.sum(axis=-1, keepdims=True)
+        total = total if sink is None else total + power(sink - top)
+        return powers, total, top + mx.log(total) * unit()
 
 
-def _forward(call: _Call) -> mx.array:
+def _forward(call: _Call) -> Result:
     plain = call.segments is None and call.pattern.window is None and call.pattern.softcap is None
+    unknown = mx.zeros((0,))
     if plain and not on_cpu():  # one fused kernel does it all
-        out: mx.array = mx.fast.scaled_dot_product_attention(
+        out = mx.fast.scaled_dot_product_attention(
             call.queries, call.keys, call.values, scale=call.scale, mask="causal", sinks=call.sinks
         )
-        return out
+        return out, unknown
     fused = not on_cpu() and call.pattern.softcap is None
-    one = _fused_chunk if fused else _plain_chunk
     before: list[mx.array] = []
-    slabs = []
-    for low, high in call.slabs() if not fused else [(0, call.key_heads)]:
-        parts = []
+    slabs: list[mx.array] = []
+    logs: list[mx.array] = []
+    for heads in call.slabs() if not fused else [(0, call.key_heads)]:
+        parts: list[tuple[mx.array, mx.array]] = []
         for chunk in call.chunks():
-            queries = call.queries[:, low * call.group : high * call.group, chunk[1] : chunk[2]]
+            queries = call.queries[:, heads[0] * call.group : heads[1] * call.group, chunk[1] : chunk[2]]
             queries = mx.depends(queries, before) if before else queries
-            parts.append(one(call, queries, (low, high), chunk))
-            before = [parts[-1]]
-        slabs.append(_joined(parts, 2))
-    return _joined(slabs, 1)
+            keys = call.keys[:, heads[0] : heads[1], chunk[0] : chunk[2]]
+            values = call.values[:, heads[0] : heads[1], chunk[0] : chunk[2]]
+            if fused:
+                out = mx.fast.scaled_dot_product_attention(
+                    queries, keys, values, scale=call.scale, mask=call.allowed(*chunk), sinks=call.sinks
+                )
+                parts.append((out, unknown))
+            else:
+                parts.append(_chunk(call, queries, keys, values, heads, chunk))
+                settle(*parts[-1])
+            before = [parts[-1][0]]
+        slabs.append(_joined([out for out, _ in parts], 2))
+        logs.append(_joined([log for _, log in parts], 2) if not fused else unknown)
+    return _joined(slabs, 1), _joined(logs, 1) if not fused else unknown
 
 
-def _plain_chunk(call: _Call, queries: mx.array, heads: tuple[int, int], chunk: tuple[int, int, int]) -> mx.array:
-    keys = call.keys[:, heads[0] : heads[1], chunk[0] : chunk[2]]
-    values = call.values[:, heads[0] : heads[1], chunk[0] : chunk[2]]
-    chances, _, _ = call.probabilities(call.folded(queries), keys, heads[0], chunk)
-    return call.unfolded(chances @ values)
+def _chunk(
+    call: _Call,
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    heads: tuple[int, int],
+    chunk: tuple[int, int, int],
+) -> tuple[mx.array, mx.array]:
+    scores, _ = call.scores(call.folded(queries), keys, chunk)
+    powers, total, log = call.normalizer(scores, call.sink(heads, scores))
+    return call.unfolded((powers.astype(values.dtype) @ values) / total.astype(values.dtype)), call.unfolded(log)
 
 
-def _fused_chunk(call: _Call, queries: mx.array, heads: tuple[int, int], chunk: tuple[int, int, int]) -> mx.array:
-    keys, values = call.keys[:, :, chunk[0] : chunk[2]], call.values[:, :, chunk[0] : chunk[2]]
-    out: mx.array = mx.fast.scaled_dot_product_attention(
-        queries, keys, values, scale=call.scale, mask=call.allowed(*chunk), sinks=call.sinks
-    )
-    return out
-
-
-def _backward(call: _Call, cotangent: mx.array, output: mx.array) -> tuple[mx.array, ...]:
+def _backward(call: _Call, cotangent: mx.array, output: mx.array, logs: mx.array) -> tuple[mx.array, ...]:
     # Σ p · dp of each row, which the softmax's gradient takes away, is the product of the output and its gradient
     shares = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
     before: list[mx.array] = []
     slabs = []
     for low, high in call.slabs():
-        grads = _SlabGradients(call, low, high)
+        grads = _SlabGradients(call, low, high, cotangent, shares, logs if logs.size else None)
         for chunk in reversed(call.chunks()):
-            before = grads.add(chunk, cotangent, shares, before)
+            before = grads.add(chunk, before)
+            settle(*before)
         slabs.append(grads.joined())
     joined = [_joined([slab[index] for slab in slabs], 1) for index in range(3)]
     if call.sinks is not None:
@@ -240,35 +253,40 @@ class _SlabGradients:
     Keys behind a chunk's end are done when the chunk is: they are set aside, and what is still open shrinks.
     """
 
-    def __init__(self, call: _Call, low: int, high: int) -> None:
+    def __init__(
+        self, call: _Call, low: int, high: int, cotangent: mx.array, shares: mx.array, logs: mx.array | None
+    ) -> None:
         self._call, self._low, self._high = call, low, high
+        self._cotangent, self._shares, self._logs = cotangent, shares, logs
         self._queries: list[mx.array] = []
         self._keys, self._values = _Open(), _Open()
         self._sinks: mx.array | None = None
 
-    def add(
-        self, chunk: tuple[int, int, int], cotangent: mx.array, shares: mx.array, before: list[mx.array]
-    ) -> list[mx.array]:
+    def add(self, chunk: tuple[int, int, int], before: list[mx.array]) -> list[mx.array]:
         """Add what the queries of `chunk` give; returns the arrays that the next chunk is to wait for."""
         call, (first, start, end) = self._call, chunk
-        of_heads = slice(self._low * call.group, self._high * call.group)
-        queries = call.queries[:, of_heads, start:end]
-        queries = mx.depends(queries, before) if before else queries
-        queries, slope = call.folded(queries), call.folded(cotangent[:, of_heads, start:end])
+
+        def mine(array: mx.array) -> mx.array:
+            return call.folded(array[:, self._low * call.group : self._high * call.group, start:end])
+
+        queries = call.queries if not before else mx.depends(call.queries, before)
+        queries, slope, share = mine(queries), mine(self._cotangent), mine(self._shares)
         keys = call.keys[:, self._low : self._high, first:end]
         values = call.values[:, self._low : self._high, first:end]
-        chances, capped, sunk = call.probabilities(queries, keys, self._low, chunk)
-        share = call.folded(shares[:, of_heads, start:end])
-        scores = chances.astype(mx.float32) * ((slope @ values.swapaxes(-1, -2)).astype(mx.float32) - share)
+        scores, capped = call.scores(queries, keys, chunk)
+        sink = call.sink((self._low, self._high), scores)
+        log = call.normalizer(scores, sink)[2] if self._logs is None else mine(self._logs)
+        chances = power(scores - log)
+        inner = chances * ((slope @ values.swapaxes(-1, -2)).astype(mx.float32) - share)
         if capped is not None:
-            scores = scores * (1 - capped * capped)
-        scores = (scores * call.scale).astype(call.dtype)
-        self._queries.append(call.unfolded(scores @ keys))
-        open_keys = self._keys.add(first, end, scores.swapaxes(-1, -2) @ queries)
+            inner = inner * (1 - capped * capped)
+        inner, chances = inner.astype(call.dtype), chances.astype(call.dtype)
+        self._queries.append(call.unfolded((inner @ keys) * call.scale))
+        open_keys = self._keys.add(first, end, inner.swapaxes(-1, -2) @ (queries * call.scale))
         open_values = self._values.add(first, end, chances.swapaxes(-1, -2) @ slope)
         waits = [self._queries[-1], open_keys, open_values]
-        if sunk is not None:
-            lost = -(sunk * share.reshape(sunk.shape)).sum(axis=(0, 3, 4)).flatten()
+        if sink is not None:
+            lost = -(power(sink - log) * share).reshape(call.rows, -1, end - start).sum(axis=(0, 2))
             self._sinks = lost if self._sinks is None else self._sinks + lost
             waits.append(self._sinks)
         return waits
@@ -311,6 +329,3 @@ class _Open:
 
 def _joined(parts: list[mx.array], axis: int) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
-
-
-Attention = Callable[..., mx.array]

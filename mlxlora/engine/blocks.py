@@ -7,7 +7,7 @@ the one that is to run, so compiling takes as long for forty blocks as for one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -16,8 +16,9 @@ import mlx.nn as nn
 
 from mlxlora.engine import tape
 from mlxlora.engine.arguments import put_together
+from mlxlora.engine.device import settling, settling_afterwards
 from mlxlora.engine.dropout import set_block_key
-from mlxlora.engine.hold import Hold, own_call
+from mlxlora.engine.hold import own_call
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.structure import structure
@@ -60,7 +61,7 @@ class BlockFunctions:
         self._steering, self.compiled = steering, compiled
         self._traced: dict[Any, Callable[..., Any]] = {}
         self._needed: dict[Any, list[bool]] = {}
-        self._products: dict[int, tape.Products] = {}
+        self._templates: dict[Any, tuple[Block, tape.Products]] = {}
 
     def close(self) -> None:
         """Forget what was traced."""
@@ -71,15 +72,15 @@ class BlockFunctions:
         block: Block,
         call: Call,
         layout: Layout,
-        grade: Grade,
+        keep: bool,
         x: mx.array,
         sides: Sequence[mx.array],
         key: mx.array | None,
     ) -> tuple[mx.array, list[mx.array]]:
-        """The block's output for `x`, and what its backward pass wants kept besides `x` (nothing for "inputs")."""
-        kind = ("forward", grade, block.structure, call.key(), replace(layout, segments=None), key is None)
+        """The block's output for `x`, and, to `keep` for its backward pass, its matrix products."""
+        kind = ("forward", keep, block.structure, call.key(), replace(layout, segments=None), key is None)
         if kind not in self._traced:
-            self._traced[kind] = self._compile(self._forward(block, call, layout, grade))
+            self._traced[kind] = self._compile(self._forward(block, call, layout, keep))
         function = self._traced[kind]
         out: tuple[mx.array, list[mx.array]] = function(block.slots.get(), x, list(sides), *_given(layout, key))
         return out
@@ -89,7 +90,6 @@ class BlockFunctions:
         block: Block,
         call: Call,
         layout: Layout,
-        grade: Grade,
         x: mx.array,
         sides: Sequence[mx.array],
         key: mx.array | None,
@@ -98,9 +98,9 @@ class BlockFunctions:
         further: bool,
     ) -> tuple[list[mx.array], mx.array | None]:
         """The gradients of the block's learned arrays, and, if one is wanted `further` down, of its input."""
-        kind = ("backward", grade, further, block.structure, call.key(), replace(layout, segments=None), key is None)
+        kind = ("backward", further, block.structure, call.key(), replace(layout, segments=None), key is None)
         if kind not in self._traced:
-            self._traced[kind] = self._compile(self._backward(block, call, layout, grade, further))
+            self._traced[kind] = self._compile(self._backward(block, call, layout, further))
         function = self._traced[kind]
         grads: list[mx.array] = function(block.slots.get(), x, list(sides), list(kept), cotangent, *_given(layout, key))
         return (grads[:-1], grads[-1]) if further else (grads, None)
@@ -108,24 +108,32 @@ class BlockFunctions:
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return mx.compile(function) if self.compiled else function
 
-    def _forward(self, block: Block, call: Call, layout: Layout, grade: Grade) -> Callable[..., Any]:
+    def _template(self, block: Block) -> tuple[Block, tape.Products]:
+        """The block that stands for all of its structure."""
+        if block.structure not in self._templates:
+            self._templates[block.structure] = (block, tape.Products(block.module))
+        return self._templates[block.structure]
+
+    def _forward(self, block: Block, call: Call, layout: Layout, keep: bool) -> Callable[..., Any]:
+        block, products = self._template(block)
         wanted = self._wanted(block, call)
 
         def forward(
             arrays: list[mx.array], x: mx.array, sides: list[mx.array], segments: list[mx.array], key: list[mx.array]
         ) -> tuple[mx.array, list[mx.array]]:
-            written = tape.Tape() if grade == "products" else None
-            with self._within(block, layout, segments, key), block.slots.holding(arrays), tape.on(written):
-                out = self._run(block, call, x, sides, held=written is not None)
-            if written is None:
-                return out, []
+            written = tape.Tape()
+            settled = nullcontext() if self.compiled else settling()
+            with self._within(block, layout, segments, key), block.slots.holding(arrays), settled:
+                out = _run(block, products, call, x, sides, written if keep else None)
             results = [result for result in written.results if result is not None]
             return out, [result for index, result in enumerate(results) if not wanted or wanted[index]]
 
         return forward
 
-    def _backward(self, block: Block, call: Call, layout: Layout, grade: Grade, further: bool) -> Callable[..., Any]:
+    def _backward(self, block: Block, call: Call, layout: Layout, further: bool) -> Callable[..., Any]:
+        block, products = self._template(block)
         wanted = self._wanted(block, call)
+        slots = block.slots
 
         def backward(
             arrays: list[mx.array],
@@ -138,59 +146,54 @@ class BlockFunctions:
         ) -> list[mx.array]:
             def again(*primals: mx.array) -> mx.array:
                 hidden, learned = (primals[-1], primals[:-1]) if further else (x, primals)
-                read = tape.Tape(_spread(kept, wanted)) if grade == "products" else None
-                slots = block.slots
-                with slots.holding(arrays), slots.holding(learned, slots.trainable), tape.on(read):
-                    return self._run(block, call, hidden, sides, held=read is not None)
+                with slots.holding(learned, slots.trainable):
+                    return _run(block, products, call, hidden, sides, tape.Tape(_spread(kept, wanted)))
 
-            primals = [arrays[index] for index in block.slots.trainable] + ([x] if further else [])
-            with self._within(block, layout, segments, key):  # the gradients of single products are traced in here, too
+            primals = [arrays[index] for index in slots.trainable] + ([x] if further else [])
+            # the gradients of single products are traced inside of this, when `again` is over
+            settled = nullcontext() if self.compiled else settling_afterwards()
+            with self._within(block, layout, segments, key), slots.holding(arrays), settled:
                 grads: list[mx.array] = mx.vjp(again, primals, [cotangent])[1]
             return grads
 
         return backward
 
-    def _run(self, block: Block, call: Call, x: mx.array, sides: Sequence[mx.array], held: bool) -> mx.array:
-        args, kwargs = call.arguments(x, sides)
-        with self._held(block) if held else Hold():
-            out: mx.array = own_call(block.module)(*args, **kwargs)
-        return out
-
     @contextmanager
     def _within(
         self, block: Block, layout: Layout, segments: Sequence[mx.array], key: Sequence[mx.array]
     ) -> Iterator[None]:
-        with self._steering.with_layout(replace(layout, segments=segments[0] if segments else None)):
+        layout = replace(layout, segments=segments[0] if segments else None)
+        with self._steering.with_layout(layout):
             set_block_key(block.module, key[0] if key else None)
             try:
                 yield
             finally:
                 set_block_key(block.module, None)
 
-    def _held(self, block: Block) -> Hold:
-        if id(block.module) not in self._products:
-            self._products[id(block.module)] = tape.Products(block.module)
-        return self._products[id(block.module)].holding()
-
     def _wanted(self, block: Block, call: Call) -> list[bool]:
         """Which results on the tape the backward pass reads; empty: all, nothing is known."""
         return self._needed.get((block.structure, call.key()), [])
 
     def learn_needs(self, block: Block, call: Call, layout: Layout, x: mx.array, sides: Sequence[mx.array]) -> None:
-        """Find out which products of such a block its backward pass never looks at (the last before a residual sum,
-        say).
+        """Find out, on a small batch, what the products of such a block need.
 
-        Each in turn is replaced by "not a number"; if every gradient stays what it was to the bit, nobody read it.
+        Which layers share their input, and which products the backward pass never looks at (the last before a
+        residual sum,
+        say): each in turn is replaced by "not a number"; if every gradient stays what it was to the bit, nobody read
+            it.
         """
         name = (block.structure, call.key())
         if name in self._needed:
             return
-        eager = BlockFunctions(self._steering, compiled=False)
-        out, kept = eager.forward(block, call, layout, "products", x, sides, None)
+        template, products = self._template(block)
+        if template is block:
+            with products.looking():
+                self.forward(block, call, layout, True, x, sides, None)
+        out, kept = self.forward(block, call, layout, True, x, sides, None)
         slope = mx.random.normal(out.shape, key=mx.random.key(0)).astype(out.dtype)
 
         def gradients(kept: list[mx.array]) -> list[mx.array]:
-            grads, last = eager.backward(block, call, layout, "products", x, sides, None, kept, slope, True)
+            grads, last = self.backward(block, call, layout, x, sides, None, kept, slope, True)
             return [*grads, *([] if last is None else [last])]
 
         expected = gradients(kept)
@@ -201,6 +204,16 @@ class BlockFunctions:
             same = mx.array([mx.array_equal(a, b) for a, b in zip(found, expected, strict=True)]).all().item()
             needed.append(not same)
         self._needed[name] = needed
+        self._traced.clear()
+
+
+def _run(
+    block: Block, products: tape.Products, call: Call, x: mx.array, sides: Sequence[mx.array], on: tape.Tape | None
+) -> mx.array:
+    args, kwargs = call.arguments(x, sides)
+    with products.holding(), tape.on(on or tape.Tape()):
+        out: mx.array = own_call(block.module)(*args, **kwargs)
+    return out
 
 
 def _given(layout: Layout, key: mx.array | None) -> tuple[list[mx.array], list[mx.array]]:

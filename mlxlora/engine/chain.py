@@ -65,10 +65,9 @@ class Chain:
         batch = Batch(tokens, places, tokens.flatten()[places + 1], ones)
         try:
             self.look(layout, tokens)
-            if grade == "products":
-                x, calls = self.start(tokens, layout, None)
-                for block, (call, sides) in zip(self.blocks, calls, strict=True):
-                    self.functions.learn_needs(block, call, layout, x, sides)
+            x, calls = self.start(tokens, layout, None)
+            for block, (call, sides) in zip(self.blocks, calls, strict=True):
+                self.functions.learn_needs(block, call, layout, x, sides)
             (found, *_), slopes = self.run(_surprise, batch, layout, None, True, grade)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
             raise NotAChain(f"its blocks cannot be called one by one ({failure})") from failure
@@ -253,9 +252,9 @@ class Chain:
         for index, (block, (call, sides)) in enumerate(zip(self.blocks, calls, strict=True)):
             keeps = gradients and (index >= self.first or self._starts_learning)
             inputs.append(x if keeps else None)
-            of_block = grade if keeps else "inputs"
+            keep = keeps and grade == "products"
             x, products = self.functions.forward(
-                block, call, layout, of_block, x, sides, None if keys is None else keys[index]
+                block, call, layout, keep, x, sides, None if keys is None else keys[index]
             )
             kept.append(products)
             mx.async_eval(x, *products)
@@ -272,10 +271,12 @@ class Chain:
                 given = inputs.pop()
             further = index > self.first or self._starts_learning
             assert slope is not None
-            found, slope = self.functions.backward(
-                block, call, layout, grade, given, sides, None if keys is None else keys[index],
-                kept.pop(index), slope, further,
-            )  # fmt: skip
+            key_of = None if keys is None else keys[index]
+            products = kept.pop(index)
+            if grade == "inputs":
+                products = self.functions.forward(block, call, layout, True, given, sides, key_of)[1]
+            found, slope = self.functions.backward(block, call, layout, given, sides, key_of, products, slope, further)
+            del products
             del given
             mx.async_eval(found, *([] if slope is None else [slope]))
             path = self._anatomy.paths[index]

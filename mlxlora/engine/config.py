@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mlxlora.engine.device import on_cpu
 from mlxlora.errors import ConfigError, nearest
 
 CheckpointBlocks = Literal["auto", "none", "products", "inputs"]
+Compile = Literal["auto", "always", "never"]
 Attention = Literal["auto", "linear", "plain"]
 
 
@@ -25,10 +27,10 @@ class EngineConfig:
             plain is
             the model's own; auto is linear where it holds
         attention_chunk: queries that attend at a time; 0 chooses by shape
-        compile: compile the step with `mx.compile`
+        compile: compile with `mx.compile`; auto does, but not on a CPU, where a compiled graph takes more memory and
+            no less time
         frozen_cache: gigabytes of outputs of the frozen lower blocks that may be kept, so that later epochs do not
-            compute
-            them again; 0 keeps none
+            compute them again; 0 keeps none
         frozen_cache_dir: where to keep them; empty for memory
     """
 
@@ -36,12 +38,21 @@ class EngineConfig:
     loss_chunk: int = 0
     attention: Attention = "auto"
     attention_chunk: int = 0
-    compile: bool = True
+    compile: Compile = "auto"
     frozen_cache: float = 0.0
     frozen_cache_dir: str = ""
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the step is compiled on the device in use."""
+        return self.compile == "always" or (self.compile == "auto" and not on_cpu())
+
     def __post_init__(self) -> None:
-        for name, choices in (("checkpoint_blocks", get_args(CheckpointBlocks)), ("attention", get_args(Attention))):
+        for name, choices in (
+            ("checkpoint_blocks", get_args(CheckpointBlocks)),
+            ("attention", get_args(Attention)),
+            ("compile", get_args(Compile)),
+        ):
             value = getattr(self, name)
             if value not in choices:
                 raise ConfigError(

@@ -71,7 +71,7 @@ class Engine:
 
     def _whole(self) -> General:
         if self._general is None:
-            recompute, compiled = self.config.checkpoint_blocks != "none", self.config.compile
+            recompute, compiled = self.config.checkpoint_blocks != "none", self.config.compiles
             self._general = General(self._anatomy, self._steering, self.config.loss_chunk, recompute, compiled)
         return self._general
 
@@ -88,7 +88,7 @@ class Engine:
         except NotAChain as reason:
             self.notes.append(f"the step is one graph, and only block inputs are kept: {reason}")
             return None
-        chain.compiled = self.config.compile
+        chain.compiled = self.config.compiles
         return chain
 
     def close(self) -> None:

@@ -22,7 +22,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora import mlxlm
+from mlxlora.engine.activations import swiglu
 from mlxlora.engine.attention import CausalMask, Pattern, attend
+from mlxlora.engine.device import on_cpu
 from mlxlora.engine.hold import own_class, reads_global, rebound
 from mlxlora.engine.tape import current
 
@@ -97,19 +99,32 @@ def scaled_dot_product_attention(
         raise ValueError("a mask of the engine was kept beyond its step")
     pattern = Pattern(mask.window, layout.lookback, chunk=layout.chunk)
     tape = current()
-    result = tape.read() if tape is not None and tape.reading else None
-    out = attend(
-        queries, keys, values, scale=scale, pattern=pattern, sinks=sinks, segments=layout.segments, result=result
+    known = tape.read(2) if tape is not None and tape.reading else [None, None]
+    out, result = attend(
+        queries,
+        keys,
+        values,
+        scale=scale,
+        pattern=pattern,
+        sinks=sinks,
+        segments=layout.segments,
+        result=None if known[0] is None or known[1] is None else (known[0], known[1]),
     )
-    return tape.write(out) if tape is not None and not tape.reading else out
+    if tape is not None and not tape.reading:
+        tape.write(*result)
+    return out
 
 
-OURS: dict[str, Callable[..., Any]] = {MASK: create_attention_mask, ATTENTION: scaled_dot_product_attention}
-
-
-def _mlxlm_global(function: types.FunctionType, name: str) -> bool:
-    """Whether `name` among the function's globals is mlx-lm's own function, and not another of the same name."""
-    return function.__globals__.get(name) is getattr(mlxlm.module("models.base"), name)
+def _ours() -> dict[str, tuple[Any, Callable[..., Any]]]:
+    """Name among a module's globals → (mlx-lm's own object of that name, ours)."""
+    base = mlxlm.module("models.base")
+    found: dict[str, tuple[Any, Callable[..., Any]]] = {
+        MASK: (base.create_attention_mask, create_attention_mask),
+        ATTENTION: (base.scaled_dot_product_attention, scaled_dot_product_attention),
+    }
+    if on_cpu():
+        found["swiglu"] = (mlxlm.module("models.activations").swiglu, swiglu)
+    return found
 
 
 def _with_ours(function: Any, depth: int = 2) -> types.FunctionType | None:
@@ -117,7 +132,9 @@ def _with_ours(function: Any, depth: int = 2) -> types.FunctionType | None:
     if not isinstance(function, types.FunctionType) or "__wrapped__" in function.__dict__:
         return None
     names: dict[str, Any] = {
-        name: ours for name, ours in OURS.items() if reads_global(function, name) and _mlxlm_global(function, name)
+        name: ours
+        for name, (theirs, ours) in _ours().items()
+        if reads_global(function, name) and function.__globals__.get(name) is theirs
     }
     for name in function.__code__.co_names if depth else ():
         helper = function.__globals__.get(name)

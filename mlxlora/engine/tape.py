@@ -1,6 +1,6 @@
 """Keeping the matrix products of a block, and only those, from its forward to its backward pass.
 
-In the forward trace each product (a linear layer, an expert, attention) writes its result on a tape. In the backward
+In the forward trace each product (a linear layer, an expert, attention) writes its results on a tape. In the backward
 trace the same calls read them off again, in the same order: the value comes from the tape, the gradient is computed
 from the inputs, and what lies between the products (norms, rotations, activations), cheap and large, is simply
 computed again.
@@ -18,7 +18,9 @@ import mlx.nn as nn
 
 from mlxlora.adapters import AdapterLayer
 from mlxlora.engine.arguments import put_together, take_apart
+from mlxlora.engine.device import settle
 from mlxlora.engine.hold import Hold, own_call, own_class
+from mlxlora.engine.linear import Group, member
 from mlxlora.engine.slots import Slots
 
 _SWITCHES = frozenset({"SwitchLinear", "QuantizedSwitchLinear", "MultiLinear", "QuantizedMultiLinear"})
@@ -33,16 +35,15 @@ class Tape:
         self.reading = results is not None
         self._next = 0
 
-    def write(self, result: mx.array) -> mx.array:
-        """Keep a result."""
-        self.results.append(result)
-        return result
+    def write(self, *results: mx.array) -> None:
+        """Keep the results of a call."""
+        self.results += results
 
-    def read(self) -> mx.array | None:
-        """The next result; None if its value is of no use: then the call is written out, and only its gradient
+    def read(self, count: int) -> list[mx.array | None]:
+        """The next results; None for one whose value is of no use: the call is traced, but only its gradient
         computed."""
-        self._next += 1
-        return self.results[self._next - 1]
+        self._next += count
+        return self.results[self._next - count : self._next]
 
 
 _tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
@@ -84,35 +85,106 @@ def products(block: nn.Module) -> list[nn.Module]:
 
 
 class Products:
-    """The products of one block, held so that they write to or read from the tape."""
+    """The products of one block, held so that they write to or read from the tape.
+
+    Which layers share an input is seen in the first pass; in it, each is a group of its own.
+    """
 
     def __init__(self, block: nn.Module) -> None:
-        self._modules = [(module, Slots(module)) for module in products(block)]
+        self._modules = products(block)
+        self._slots = {id(module): Slots(module) for module in self._modules}
+        self._called: list[tuple[nn.Module, mx.array]] = []
+        self._looking = False
+        self._group_of: dict[int, tuple[_Shared, int]] = {}
+        for module in self._modules:
+            self._share([module])
 
-    def holding(self) -> Hold:
-        """A hold under which every product uses the current tape."""
+    def _share(self, modules: Sequence[nn.Module]) -> None:
+        members = [member(module) for module in modules]
+        known = [one for one in members if one is not None]
+        if len(known) == len(modules):
+            shared = _Shared(Group(known))
+            self._group_of |= {id(module): (shared, place) for place, module in enumerate(modules)}
+
+    @contextmanager
+    def looking(self) -> Iterator[None]:
+        """Note which modules are called with the same input while the block runs, and group them from then on."""
+        self._looking = True
+        try:
+            yield
+        finally:
+            self._looking = False
+            by_input: dict[int, list[nn.Module]] = {}
+            for module, x in self._called:
+                by_input.setdefault(id(x), []).append(module)
+            calls = [id(module) for module, _ in self._called]
+            for modules in by_input.values():
+                if all(id(module) in self._group_of and calls.count(id(module)) == 1 for module in modules):
+                    self._share(modules)
+            self._called.clear()
+
+    @contextmanager
+    def holding(self) -> Iterator[None]:
+        """Every product uses the current tape while the block runs."""
         hold = Hold()
-        for module, slots in self._modules:
-            hold.on(module, _taped(module, slots))
-        return hold
+        for module in self._modules:
+            hold.on(module, self._held(module))
+        try:
+            with hold:
+                yield
+        finally:
+            for shared, _ in self._group_of.values():
+                shared.forget()
+
+    def _held(self, module: nn.Module) -> Callable[..., Any]:
+        inner = own_call(module)
+        shared, place = self._group_of.get(id(module), (None, 0))
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self._looking and args:
+                self._called.append((module, args[0]))
+            tape = _tape.get()
+            if tape is None:
+                return inner(*args, **kwargs)
+            if shared is not None and len(args) == 1 and not kwargs:
+                return shared.output(tape, args[0], place)
+            if tape.reading:
+                return _replayed(inner, self._slots[id(module)], tape.read(1)[0], args, kwargs)
+            out = inner(*args, **kwargs)
+            settle(out)
+            tape.write(out)
+            return out
+
+        return call
 
 
-def _taped(module: nn.Module, slots: Slots) -> Callable[..., Any]:
-    inner = own_call(module)
+class _Shared:
+    """A group whose outputs are made when the first of its members is called, and handed to the others."""
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        tape = _tape.get()
-        if tape is None:
-            return inner(*args, **kwargs)
+    def __init__(self, group: Group) -> None:
+        self._group = group
+        self._input: mx.array | None = None
+        self._outputs: list[mx.array] = []
+
+    def forget(self) -> None:
+        self._input, self._outputs = None, []
+
+    def output(self, tape: Tape, x: mx.array, place: int) -> mx.array:
+        if self._input is not x:
+            self._input, self._outputs = x, self._all(tape, x)
+        return self._outputs[place]
+
+    def _all(self, tape: Tape, x: mx.array) -> list[mx.array]:
         if not tape.reading:
-            return tape.write(inner(*args, **kwargs))
-        result = tape.read()
-        return inner(*args, **kwargs) if result is None else _replayed(inner, slots, result, args, kwargs)
+            outputs, narrow = self._group.forward(x)
+            tape.write(*outputs, *narrow)
+            return outputs
+        outputs_known = tape.read(len(self._group))
+        narrow_known = tape.read(len(self._group.learned()) // 2)
+        return self._group.replayed(x, outputs_known, [z for z in narrow_known if z is not None])
 
-    return call
 
-
-def _replayed(inner: Callable[..., Any], slots: Slots, result: mx.array, args: Any, kwargs: Any) -> mx.array:
+def _replayed(inner: Callable[..., Any], slots: Slots, result: mx.array | None, args: Any, kwargs: Any) -> mx.array:
     """`result` as the value of `inner(*args, **kwargs)`, with the gradient of that call by its inputs and weights."""
     inputs, form = take_apart((args, kwargs))
     arrays = slots.get()
@@ -127,6 +199,10 @@ def _replayed(inner: Callable[..., Any], slots: Slots, result: mx.array, args: A
             out: mx.array = inner(*args, **kwargs)
         return out
 
+    primals = [*(inputs[index] for index in floats), *(arrays[index] for index in slots.trainable)]
+    if result is None:
+        return again(*primals)
+
     @mx.custom_function
     def product(*primals: mx.array) -> mx.array:
         return result
@@ -134,8 +210,10 @@ def _replayed(inner: Callable[..., Any], slots: Slots, result: mx.array, args: A
     @product.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> Any:
         given = [primals] if isinstance(primals, mx.array) else list(primals)
-        return tuple(mx.vjp(again, given, [cotangent])[1])
+        grads = mx.vjp(again, given, [cotangent])[1]
+        settle(*grads)
+        return tuple(grads)
 
-    value: Any = product(*[inputs[index] for index in floats], *[arrays[index] for index in slots.trainable])
+    value: Any = product(*primals)
     out: mx.array = value
     return out

@@ -62,13 +62,13 @@ def adapted(family: str, quantize: dict[str, Any] | None = None, **settings: Any
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str) -> None:
-    agree(adapted(family), EngineConfig(compile=False))
+    agree(adapted(family), EngineConfig())
 
 
 @pytest.mark.parametrize("grade", ["none", "products", "inputs"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.3])
 def test_grades_of_recomputation_with_dropout(grade: Any, dropout: float) -> None:
-    agree(adapted("llama", dropout=dropout), EngineConfig(checkpoint_blocks=grade, compile=False), dropout=True)
+    agree(adapted("llama", dropout=dropout), EngineConfig(checkpoint_blocks=grade), dropout=True)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen3_moe"])
@@ -77,7 +77,7 @@ def test_packed_rows_are_their_samples_apart(family: str) -> None:
     made = reference.samples([23, 40, 9, 30, 17], tiny.VOCABULARY)
     value, _, grads = reference.step(network, reference.padded(made))
     for attention in ("linear", "plain"):
-        engine = Engine(network, EngineConfig(compile=False, attention=attention, attention_chunk=16))  # type: ignore[arg-type]
+        engine = Engine(network, EngineConfig(attention=attention, attention_chunk=16))  # type: ignore[arg-type]
         total, _, _, slopes = engine.value_and_grad(sft, reference.batch([made[:3], made[3:]]))
         assert total.item() == pytest.approx(value.item(), rel=1e-6)
         assert reference.gradient_error(slopes, grads) < 1e-5
@@ -86,7 +86,7 @@ def test_packed_rows_are_their_samples_apart(family: str) -> None:
 def test_compiled_step_with_new_weights() -> None:
     """A compiled step sees the parameters of the moment, and one trace serves batches of one shape."""
     network = adapted("llama")
-    engine = Engine(network, EngineConfig())
+    engine = Engine(network, EngineConfig(compile="always"))
     for seed in (3, 4):
         reference.awaken(network, seed)
         batch = reference.padded(reference.samples(LENGTHS, tiny.VOCABULARY, 0))
@@ -98,7 +98,7 @@ def test_compiled_step_with_new_weights() -> None:
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_base(bits: int) -> None:
-    agree(adapted("llama", {"group_size": 32, "bits": bits}), EngineConfig(compile=False))
+    agree(adapted("llama", {"group_size": 32, "bits": bits}), EngineConfig())
 
 
 @pytest.mark.parametrize(
@@ -113,4 +113,4 @@ def test_quantized_base(bits: int) -> None:
     ],
 )
 def test_what_learns(settings: dict[str, Any]) -> None:
-    agree(adapted("llama", **settings), EngineConfig(compile=False))
+    agree(adapted("llama", **settings), EngineConfig())
