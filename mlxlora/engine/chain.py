@@ -19,6 +19,7 @@ from mlxlora.engine.anatomy import Anatomy, Reached, relative_error, tolerance
 from mlxlora.engine.arguments import BatchForm, take_apart
 from mlxlora.engine.blocks import Block, BlockFunctions, Call, Grade
 from mlxlora.engine.dropout import no_dropout_after, set_keys, split_key
+from mlxlora.engine.frozen import FrozenStates
 from mlxlora.engine.general import General, HeadView
 from mlxlora.engine.hold import Hold
 from mlxlora.engine.masks import Layout, Steering
@@ -41,12 +42,31 @@ class Chain:
         self.functions = BlockFunctions(steering, compiled)
         self._traced: dict[Any, Callable[..., Any]] = {}
         self._calls: dict[Any, list[tuple[Call, list[int]]]] = {}
+        self._frozen: FrozenStates | None = None
         self.first = next((index for index, block in enumerate(self.blocks) if block.learns), len(self.blocks))
 
     def close(self) -> None:
-        """Forget what was traced."""
+        """Forget what was traced and kept."""
         self._traced.clear()
         self.functions.close()
+        if self._frozen is not None:
+            self._frozen.close()
+            self._frozen = None
+
+    def keep_frozen(self, limit: float, directory: str, linear: bool, attention_chunk: int) -> None:
+        """Keep what the blocks below the first that learns make of a text, up to `limit` bytes."""
+        if self._starts_learning or self.first == 0 or limit <= 0:
+            return
+        layout = Layout(linear, chunk=attention_chunk)
+
+        def compute(tokens: mx.array) -> mx.array:
+            x, calls = self.start(tokens, layout, None)
+            for block, (call, sides) in zip(self.blocks[: self.first], calls, strict=False):
+                x, _ = self.functions.forward(block, call, layout, False, x, sides, None)
+                mx.async_eval(x)
+            return x
+
+        self._frozen = FrozenStates(compute, limit, directory)
 
     @property
     def compiled(self) -> bool:
@@ -249,7 +269,12 @@ class Chain:
         x, calls = self.start(batch.tokens, layout, outer)
         inputs: list[mx.array | None] = []
         kept: list[list[mx.array]] = []
-        for index, (block, (call, sides)) in enumerate(zip(self.blocks, calls, strict=True)):
+        skipped = 0
+        if self._frozen is not None and gradients and bool(mx.any(batch.weights != 0).item()):
+            x, skipped = self._frozen.rows(batch), self.first
+            inputs, kept = [None] * skipped, [[] for _ in range(skipped)]
+        for index in range(skipped, len(self.blocks)):
+            block, (call, sides) = self.blocks[index], calls[index]
             keeps = gradients and (index >= self.first or self._starts_learning)
             inputs.append(x if keeps else None)
             keep = keeps and grade == "products"

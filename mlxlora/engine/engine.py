@@ -89,6 +89,8 @@ class Engine:
             self.notes.append(f"the step is one graph, and only block inputs are kept: {reason}")
             return None
         chain.compiled = self.config.compiles
+        config = self.config
+        chain.keep_frozen(config.frozen_cache * 1e9, config.frozen_cache_dir, self._linear, config.attention_chunk)
         return chain
 
     def close(self) -> None:
