@@ -1,0 +1,224 @@
+"""Those who compute the same step, each in a process of its own: none sees what another patched or kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import numpy.typing as npt
+from mlx.utils import tree_flatten
+
+from benchmarks.scenarios import CHECKPOINT, PEFT, SHIPPED, STEP, Scenario, network, samples
+from mlxlora import mlxlm
+from mlxlora.data.sample import Batch, Sample
+from mlxlora.engine import Engine, EngineConfig
+from mlxlora.engine.config import CheckpointBlocks
+from mlxlora.objectives import sft
+
+Arrays = dict[str, npt.NDArray[np.float32]]
+ROW = 32  # mlx-lm pads rows to multiples of this; all contestants of a step get the same rows
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One measured step or run: seconds on the clock, seconds of processor time, bytes above what was resident."""
+
+    wall: float
+    cpu: float
+    memory: int
+    trained: float
+
+
+class Contestant(Protocol):
+    """One way of computing the scenario's step."""
+
+    def answer(self) -> tuple[float, Arrays]:
+        """Loss per token and gradients of the adapters; also warms up."""
+        ...
+
+    def step(self) -> float:
+        """One step (or one run over all samples); returns the weight of the tokens trained on."""
+        ...
+
+
+def padded(made: list[Sample]) -> Batch:
+    """One sample a row, all rows of one length that mlx-lm would choose as well."""
+    length = -(-max(len(sample.tokens) for sample in made) // ROW) * ROW
+    tokens = np.zeros((len(made), length), np.int32)
+    places, targets = [], []
+    for row, sample in enumerate(made):
+        tokens[row, : len(sample.tokens)] = sample.tokens
+        scored = np.flatnonzero(sample.weights)
+        places += list(row * length + scored - 1)
+        targets += list(sample.tokens[scored])
+    return Batch(
+        mx.array(tokens), mx.array(np.array(places, np.int32)), mx.array(np.array(targets, np.int32)),
+        mx.ones(len(places)), samples=tuple(range(len(made))),
+    )  # fmt: skip
+
+
+def measure(contestant: Contestant) -> Timing:
+    """Time one step on MLX."""
+    mx.clear_cache()
+    resident = mx.get_active_memory()
+    mx.reset_peak_memory()
+    wall, cpu = time.perf_counter(), time.process_time()
+    trained = contestant.step()
+    return Timing(time.perf_counter() - wall, time.process_time() - cpu, mx.get_peak_memory() - resident, trained)
+
+
+class Ours:
+    """This project's engine."""
+
+    def __init__(self, scenario: Scenario, grade: CheckpointBlocks, dtype: mx.Dtype) -> None:
+        self._scenario, self._network = scenario, network(scenario, dtype)
+        cache = 4.0 if scenario.last else 0.0
+        self._engine = Engine(self._network, EngineConfig(checkpoint_blocks=grade, frozen_cache=cache))
+        self._batch = padded(samples(scenario))
+
+    def answer(self) -> tuple[float, Arrays]:
+        total, count, _, grads = self._engine.value_and_grad(sft, self._batch)
+        mx.eval(total, count, grads)
+        return total.item() / count.item(), flat(grads)
+
+    def step(self) -> float:
+        total, count, _, grads = self._engine.value_and_grad(sft, self._batch)
+        mx.eval(total, count, grads)
+        return float(self._batch.targets.size)
+
+
+class OurRun:
+    """This project's engine, batches and optimizer over all samples of a scenario."""
+
+    def __init__(self, scenario: Scenario, grade: CheckpointBlocks, dtype: mx.Dtype) -> None:
+        from mlxlora.data.batches import plan_epoch
+        from mlxlora.data.config import BatchConfig
+        from mlxlora.training.optimizer import Optimizer, OptimizerConfig
+
+        self._network = network(scenario, dtype)
+        self._engine = Engine(self._network, EngineConfig(checkpoint_blocks=grade))
+        self._samples = samples(scenario)
+        lengths = np.array([len(sample.tokens) for sample in self._samples], np.int32)
+        self._plan = plan_epoch(lengths, BatchConfig(tokens_per_batch=1024, max_length=2048), seed=0, epoch=0)
+        self._optimizer = Optimizer(OptimizerConfig(), steps=100)
+        self._optimizer.init(dict(tree_flatten(self._network.trainable_parameters())))
+
+    def answer(self) -> tuple[float, Arrays]:
+        self.step()
+        return float("nan"), {}
+
+    def step(self) -> float:
+        from mlxlora.data.batches import collate
+
+        trained = 0.0
+        for step, planned in enumerate(self._plan):
+            batch = collate(self._samples, planned)  # type: ignore[arg-type]
+            total, count, _, grads = self._engine.value_and_grad(sft, batch)
+            parameters = dict(tree_flatten(self._network.trainable_parameters()))
+            new, _, _ = self._optimizer.update(parameters, dict(tree_flatten(grads)), total, count, step)
+            self._network.load_weights(list(new.items()), strict=False)
+            mx.async_eval(new, total)
+            trained += float(np.sum([self._samples[i].weights.sum() for i in planned.samples]))
+        mx.eval(self._network.trainable_parameters())
+        return trained
+
+
+class MlxLmStep:
+    """mlx-lm's loss and compiled step, as in its trainer, with or without its `grad_checkpoint`."""
+
+    def __init__(self, scenario: Scenario, checkpoint: bool, dtype: mx.Dtype) -> None:
+        self._network = network(scenario, dtype)
+        trainer = mlxlm.module("tuner.trainer")
+        if checkpoint:
+            trainer.grad_checkpoint(self._network.layers[0])
+        made = samples(scenario)
+        batch = padded(made)
+        self._tokens = mx.concatenate([batch.tokens, mx.zeros((len(made), 1), mx.int32)], axis=1)
+        # the first predicted token and the last, as default_loss counts them: without its one pad token too many
+        self._lengths = mx.array([[int(np.flatnonzero(s.weights)[0]), len(s.tokens) - 1] for s in made])
+        loss_and_grad = nn.value_and_grad(self._network, trainer.default_loss)
+        state = [self._network.state]
+
+        @partial(mx.compile, inputs=state, outputs=state)
+        def step(tokens: mx.array, lengths: mx.array) -> Any:
+            return loss_and_grad(self._network, tokens, lengths)
+
+        self._step: Callable[..., Any] = step
+        self._network.train()
+
+    def answer(self) -> tuple[float, Arrays]:
+        (loss, count), grads = self._step(self._tokens, self._lengths)
+        mx.eval(loss, grads)
+        return loss.item(), {name: grad * count.item() for name, grad in flat(grads).items()}
+
+    def step(self) -> float:
+        (loss, count), grads = self._step(self._tokens, self._lengths)
+        mx.eval(loss, grads)
+        return float(count.item())
+
+
+class MlxLmTrainer:
+    """mlx-lm's trainer as it ships: its batches, its step, its optimizer, over all samples of a scenario."""
+
+    def __init__(self, scenario: Scenario, dtype: mx.Dtype) -> None:
+        self._network, self._samples = network(scenario, dtype), samples(scenario)
+
+    def answer(self) -> tuple[float, Arrays]:
+        self.step()
+        return float("nan"), {}
+
+    def step(self) -> float:
+        import mlx.optimizers as optimizers
+
+        trainer, datasets = mlxlm.module("tuner.trainer"), mlxlm.module("tuner.datasets")
+        made = self._samples
+
+        class Rows:
+            """Rows as mlx-lm's chat data set has them; it sorts by the length of a row, a dict of one entry."""
+
+            def __len__(self) -> int:
+                return len(made)
+
+            def __getitem__(self, index: int) -> dict[str, int]:
+                return {"messages": index}
+
+            def process(self, row: dict[str, int]) -> tuple[list[int], int]:
+                sample = made[row["messages"]]
+                return sample.tokens.tolist(), int(np.flatnonzero(sample.weights)[0])
+
+        with TemporaryDirectory() as directory:
+            arguments = trainer.TrainingArgs(
+                batch_size=4, iters=len(made) // 4, steps_per_report=10**9, steps_per_save=10**9,
+                adapter_file=str(Path(directory) / "adapters.safetensors"),
+            )  # fmt: skip
+            trainer.train(
+                self._network, optimizers.Adam(learning_rate=1e-5), datasets.CacheDataset(Rows()), args=arguments
+            )
+        return float(sum(sample.weights.sum() for sample in made))
+
+
+def flat(grads: Any) -> Arrays:
+    """Gradients by path, as numpy arrays."""
+    return {path: np.array(grad.astype(mx.float32)) for path, grad in tree_flatten(grads)}
+
+
+def enter(name: str, scenario: Scenario, dtype: mx.Dtype) -> Contestant:
+    """The contestant of this name, ready to run."""
+    if name in (STEP, CHECKPOINT):
+        return MlxLmStep(scenario, name == CHECKPOINT, dtype)
+    if name == SHIPPED:
+        return MlxLmTrainer(scenario, dtype)
+    if name == PEFT:
+        from benchmarks.torch_peft import TorchPeft
+
+        return TorchPeft(scenario)
+    grade: CheckpointBlocks = "inputs" if name.endswith("inputs") else "products"
+    return OurRun(scenario, grade, dtype) if scenario.samples else Ours(scenario, grade, dtype)

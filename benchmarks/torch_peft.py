@@ -1,0 +1,90 @@
+"""PyTorch + PEFT on the same weights, adapters and batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mlx.utils import tree_flatten
+
+from benchmarks.contestants import Arrays, padded
+from benchmarks.scenarios import Scenario, config, network, samples
+
+
+class TorchPeft:
+    """transformers' model under PEFT's LoRA, loss of the weighted tokens, float32."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        self._torch = torch
+        ours = dict(tree_flatten(network(scenario).parameters()))
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(scenario)), attn_implementation="sdpa")
+        weights = {
+            name.replace(".linear.weight", ".weight"): torch.from_numpy(np.array(array).copy())
+            for name, array in ours.items()
+            if "lora_" not in name
+        }
+        model.load_state_dict(weights, strict=False)
+        adapted = sorted({name.split(".")[-2] for name in ours if name.endswith("lora_a")})
+        peft: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=adapted))
+        state = {}
+        for name, array in ours.items():
+            for short, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
+                if name.endswith(short):
+                    path = f"base_model.model.{name.removesuffix(short)}{theirs}.default.weight"
+                    state[path] = torch.from_numpy(np.array(array).T.copy())
+        peft.load_state_dict(state, strict=False)
+        self._model = peft.train()
+        batch = padded(samples(scenario))
+        self._tokens = torch.from_numpy(np.array(batch.tokens)).long()
+        self._places = torch.from_numpy(np.array(batch.loss_positions)).long()
+        self._targets = torch.from_numpy(np.array(batch.targets)).long()
+
+    def _run(self) -> float:
+        self._model.zero_grad(set_to_none=True)
+        logits = self._model(input_ids=self._tokens, use_cache=False).logits
+        labels = self._torch.full((self._tokens.numel(),), -100, dtype=self._torch.long)
+        labels[self._places] = self._targets
+        loss = self._torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
+        loss.backward()
+        return float(loss.item()) / self._targets.numel()
+
+    def answer(self) -> tuple[float, Arrays]:
+        loss = self._run()
+        grads: Arrays = {}
+        for name, parameter in self._model.named_parameters():
+            if parameter.grad is not None:
+                path = name.removeprefix("base_model.model.").replace(".default.weight", "")
+                path = path.replace("lora_A", "lora_a").replace("lora_B", "lora_b")
+                grads[path] = parameter.grad.numpy().T
+        return loss, grads
+
+    def step(self) -> float:
+        self._run()
+        return float(self._targets.numel())
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most bytes that this process has had in memory since `forget_peak`."""
+    return _status("VmHWM")
+
+
+def forget_peak() -> None:
+    """Let the peak start again from now (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
