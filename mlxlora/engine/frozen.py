@@ -1,9 +1,9 @@
 """What the frozen lower blocks make of a text, computed once.
 
-Where only upper blocks learn, the hidden states that reach the first of them depend on the text alone and are the same in
-every epoch. They are kept by content, so it does not matter in which batch, row or data set a text comes. Each is computed
-by itself, at a length that depends on nothing but its own, whether it is kept or not: its numbers are then the same to the
-bit in a run that starts with nothing kept, such as a resumed one.
+Where only upper blocks learn, the hidden states that reach the first of them depend on the text alone and are the
+same in every epoch. They are kept by content, so it does not matter in which batch, row or data set a text comes.
+Each is computed by itself, at a length that depends on nothing but its own, whether it is kept or not: its numbers
+are then the same to the bit in a run that starts with nothing kept, such as a resumed one.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def test_what_learns(settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_frozen_blocks_are_computed_once(where: str, tmp_path: Any) -> None:
-    """With an adapter on the last block only, the second epoch calls the first block no more; packed or not, bit for bit."""
+    """With an adapter on the last block only, the second epoch runs the last block only, packed or not."""
     network = adapted("llama", layers=1)
     made = reference.samples([23, 40, 9, 30], tiny.VOCABULARY)
     value, _, grads = reference.step(network, reference.padded(made))
