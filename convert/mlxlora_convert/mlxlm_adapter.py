@@ -20,7 +20,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora import files, mlxlm
-from mlxlora.adapters.files import CONFIG, MANIFEST, PARTS, WEIGHTS, Adapter, Module, write_adapter
+from mlxlora.adapters.checks import CONFIG, MANIFEST, PARTS, WEIGHTS
+from mlxlora.adapters.files import Adapter, Module, write_adapter
 from mlxlora.adapters.select import block_paths
 from mlxlora.errors import AdapterError, FormatError, MlxLoraError, Problem, UnsupportedError
 from mlxlora.model import load_network
