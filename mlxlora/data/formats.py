@@ -181,7 +181,7 @@ def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:
 def _decoded(text: str, where: str) -> Any:
     try:
         return json.loads(text) if text.strip() else {}
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise RowError(f"{where} is a string that is not JSON", _CALL) from None
 
 

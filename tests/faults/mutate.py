@@ -13,7 +13,7 @@ NUMBERS = (
 WORDS = (
     b"null", b"true", b"NaN", b"-Infinity", b"1e999", b"[]", b"{}", b'""', b'"F64"', b'"F4"', b'"../x"', b'"\\ud800"',
     b"[[[[[[[[", b"}", b",", b'"__metadata__"', b'"a":1,"a":2', b"\xff\xfe", b"\x00", b"*a", b"&a", b"<<",
-    b"!!python/name:os",
+    b"!!python/name:os", b"1" * 5000,
         b"{% for i in range(10**9) %}x{% endfor %}", b"{{ ''.__class__.__mro__ }}", b"{{ x", b"{% raw",
 )  # fmt: skip
 NUMBER = re.compile(rb"-?\d+")
