@@ -37,6 +37,7 @@ VERBS: dict[str, Verb] = {
     "data check": Verb("mlxlora.data.check:check", "look at data: lengths, every token's loss, warnings", ("data",)),
     "data convert": Verb("mlxlora.data.convert:convert", "write data as messages or ShareGPT", ("data",)),
     "plan": Verb("mlxlora.plan:plan", "will it fit, and how long will it take?"),
+    "tune": Verb("mlxlora.tune:tune", "search for a good learning rate, rank and targets"),
     "train": Verb("mlxlora.finetune:finetune", "fine-tune a model on your data"),
     "eval": Verb("mlxlora.evaluate:evaluate", "loss and perplexity on data, without and with adapters"),
     "compare": Verb("mlxlora.compare:compare", "base and tuned side by side on held-out rows: is it better?"),

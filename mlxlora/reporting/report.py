@@ -1,16 +1,10 @@
-"""The report of one or several runs: one HTML file that opens offline, in light and dark, on a phone too.
-
-The charts are drawn by uPlot (MIT), which travels inside the file. Nothing is loaded from anywhere: the page's own
-content security policy forbids it.
-"""
+"""The report of one or several runs: one HTML file that opens offline, in light and dark, on a phone too."""
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +12,7 @@ from mlxlora.errors import RunError
 from mlxlora.files import human_bytes, read_json, read_yaml, write_whole
 from mlxlora.reporting.clock import clock
 from mlxlora.reporting.jsonl import read
-
-POINTS = 2000  # of one curve; longer ones are thinned out evenly
-SMOOTHING = 0.2  # weight of the newest loss in the smoothed curve
+from mlxlora.reporting.page import chart, render, smooth
 
 
 @dataclass(frozen=True)
@@ -85,23 +77,14 @@ def read_run(path: Path) -> Run:
 
 def page(runs: Sequence[Run]) -> str:
     """The HTML of the report."""
-    import jinja2
-    from markupsafe import Markup
-
-    assets = resources.files("mlxlora.reporting") / "assets"
-    charts = [chart for make in CHARTS if (chart := make(runs))]
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    script = json.dumps(charts, allow_nan=False).replace("<", "\\u003c")
-    return environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8")).render(
+    return render(
+        "report.html.jinja",
+        [chart for make in CHARTS if (chart := make(runs))],
         title=" · ".join(run.name for run in runs),
         subtitle=subtitle(runs),
         runs=[describe(run) for run in runs],
-        charts=charts,
-        charts_json=Markup(script),
         facts=rows([facts(run) for run in runs]),
         settings=settings(runs),
-        uplot_css=Markup((assets / "uplot.min.css").read_text(encoding="utf-8")),
-        uplot_js=Markup((assets / "uplot.min.js").read_text(encoding="utf-8")),
     )
 
 
@@ -156,38 +139,6 @@ def cards(run: Run) -> list[dict[str, str]]:
 
 
 # ---- charts -----------------------------------------------------------------------------------------------------
-
-
-def thinned(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    if len(points) <= POINTS:
-        return points
-    return [points[round(index * (len(points) - 1) / (POINTS - 1))] for index in range(POINTS)]
-
-
-def chart(title: str, curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]], **options: Any) -> dict[str, Any]:
-    """A chart of curves over their common x: uPlot wants one x array and gaps as null. Nothing to draw: no chart."""
-    curves = [(look, thinned(points)) for look, points in curves if any(value is not None for _, value in points)]
-    if not curves:
-        return {}
-    xs = sorted({x for _, points in curves for x, _ in points})
-    data: list[list[Any]] = [list(xs)]
-    for _, points in curves:
-        by_x = dict(points)
-        data.append([by_x.get(x) for x in xs])
-    series = [{"color": 0, **look} for look, _ in curves]
-    return {"title": title, "x_label": "step", "wide": False, "log": False, "zero": False} | options | {
-        "series": series, "data": data,
-    }  # fmt: skip
-
-
-def smooth(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
-    """An exponential moving average that starts at the first value and passes over gaps."""
-    level, result = None, []
-    for x, value in points:
-        if value is not None:
-            level = value if level is None else (1 - SMOOTHING) * level + SMOOTHING * value
-        result.append((x, level))
-    return result
 
 
 def losses(runs: Sequence[Run]) -> dict[str, Any]:

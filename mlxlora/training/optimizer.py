@@ -51,14 +51,15 @@ class OptimizerConfig:
     """parameters with fewer dimensions than this are not decayed"""
     lora_plus_ratio: float = 1.0
     """LoRA+: the learning rate of every lora_b is this many times that of the rest (Hayou et al. 2024 suggest 16)"""
-    schedule: Literal["constant", "linear", "cosine", "cosine-restarts"] = "cosine"
-    """how the learning rate falls after the warm-up"""
+    schedule: Literal["constant", "linear", "cosine", "cosine-restarts", "range-test"] = "cosine"
+    """how the learning rate falls after the warm-up; range-test instead lets it grow by equal factors, from
+    min_learning_rate to learning_rate"""
     warmup_ratio: float | None = None
     """warm-up as a share of all steps; default 0.03 unless warmup_steps is given"""
     warmup_steps: int | None = None
     """warm-up in steps"""
     min_learning_rate: float = 0.0
-    """where linear and cosine end"""
+    """where linear and cosine end, and range-test begins"""
     cycles: int = 3
     """cosine-restarts: how many times the cosine is run through"""
     cycle_growth: float = 1.0
@@ -75,6 +76,9 @@ class OptimizerConfig:
             math.isfinite(self.learning_rate) and 0 < self.learning_rate <= 10, "learning_rate", "above 0, at most 10"
         )
         demand(0 <= self.min_learning_rate <= self.learning_rate, "min_learning_rate", "from 0 to learning_rate")
+        demand(
+            self.schedule != "range-test" or self.min_learning_rate > 0, "min_learning_rate", "above 0 for range-test"
+        )
         demand(self.betas is None or all(0 <= b < 1 for b in self.betas), "betas", "from 0 to below 1")
         demand(self.eps is None or 0 < self.eps < 1, "eps", "between 0 and 1")
         demand(self.momentum is None or 0 <= self.momentum < 1, "momentum", "from 0 to below 1")
@@ -118,6 +122,8 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
             return floor + (top - floor) * (1 - progress)
         case "cosine":
             return floor + (top - floor) * 0.5 * (1 + math.cos(math.pi * progress))
+        case "range-test":
+            return float(floor * (top / floor) ** ((step - warmup) / max(steps - warmup - 1, 1)))
         case "cosine-restarts":
             lengths = [config.cycle_growth**cycle for cycle in range(config.cycles)]
             position = progress * sum(lengths)

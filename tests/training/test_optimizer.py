@@ -151,3 +151,11 @@ def test_clipping_bounds_the_norm_and_small_dims_are_not_decayed() -> None:
     zero = {"w": mx.zeros((2, 2)), "b": mx.zeros((2,))}
     new, _, _ = optimizer.update(values, zero, mx.array(0.0), mx.array(1.0), 0)
     assert np.allclose(np.array(new["w"]), 0.95) and np.allclose(np.array(new["b"]), 1.0)
+
+
+def test_a_range_test_grows_by_equal_factors() -> None:
+    values = rates(steps=41, schedule="range-test", warmup_steps=0, min_learning_rate=1e-4)
+    assert values[0] == pytest.approx(1e-4) and values[-1] == pytest.approx(1.0)
+    assert np.allclose(np.diff(np.log(values)), math.log(1e4) / 40)
+    with pytest.raises(ConfigError, match="min_learning_rate"):
+        OptimizerConfig(schedule="range-test")
