@@ -315,7 +315,7 @@ class Search:
     def train(
         self, run: Path, options: dict[str, Any], steps: int, what: str, place: int = 0, of: int = 1
     ) -> float | None:
-        """The lowest validation loss after any step of one trial (number `place` of `of`); None where it was stopped."""
+        """The lowest validation loss after any step of a trial, number `place` of `of`; None where it was stopped."""
         record = run / "run.json"
         if record.exists() and (stored := read_json(record)).get("finished"):
             return loss_of(stored["summary"]["best_loss"])
