@@ -20,12 +20,11 @@ from mlxlora.errors import AdapterError, Problem, UnsupportedError
 from mlxlora.files import free_space, human_bytes, new_file
 from mlxlora_convert.export import ExportJob
 from mlxlora_convert.gguf_architectures import Family, Tensors
-from mlxlora_convert.gguf_check import BOUNDS, GELU, TABLE_BOUND
+from mlxlora_convert.gguf_check import BOUNDS, GELU, READER, TABLE_BOUND, read
 from mlxlora_convert.gguf_file import export_gguf, language_config
 from mlxlora_convert.gguf_metadata import Values, check_family
 from mlxlora_convert.gguf_tensors import Planned, each_module, query_factor, rotary_order
 from mlxlora_convert.gguf_write import write_file
-from mlxlora_convert.llamacpp import LlamaCpp
 from mlxlora_convert.lowrank import LowRank
 from mlxlora_convert.ours import BaseModel, read_one
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
@@ -146,9 +145,6 @@ def read_back(job: ExportJob, probe: Probe) -> ReadBack:
         raise NotReadBack(f"Not read back: the base model would have to be written for it, and {free} are free.")
     with tempfile.TemporaryDirectory(prefix=f".{job.out.name}.tmp-", dir=job.out.parent) as folder:
         model = export_gguf(base.path, Path(folder, "base.gguf"), type=kind)  # type: ignore[arg-type]
-        ours = probe.log_probs
-        with LlamaCpp(model.path, adapter=job.out, context=max(256, len(probe.tokens) + 8)) as reader:
-            theirs = reader.log_probs(probe.tokens, ours.shape[-1], min(ours.shape[-1], 2000))
-    theirs = np.where(np.isnan(theirs), ours, theirs)
+        theirs = read(model.path, probe.tokens, probe.log_probs, adapter=job.out)
     gelu = check_family(language_config(base.path)).gguf in GELU
-    return probe.compare("llama.cpp", theirs, max(BOUNDS[kind], TABLE_BOUND if gelu else 0.0))
+    return probe.compare(READER, theirs, max(BOUNDS[kind], TABLE_BOUND if gelu else 0.0))
