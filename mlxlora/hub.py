@@ -12,6 +12,8 @@ MODEL_FILES = (
     "*.json", "model*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "tiktoken.model", "*.txt", "*.jsonl",
     "*.jinja",
 )  # fmt: skip
+# patterns match across folders; of those, only chat templates are a model's own
+ELSEWHERE = tuple(f"*/*.{kind}" for kind in ("json", "safetensors", "py", "model", "tiktoken", "txt", "jsonl", "bin"))
 # where a repository holds no safetensors
 TORCH_FILES = ("pytorch_model*.bin", "model*.bin")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
@@ -61,13 +63,18 @@ def _fetch(name: str, revision: str | None) -> Path:
             if isinstance(error, HfHubHTTPError):
                 raise
             # no way to the hub: what an earlier run has fetched will do, if it is complete
-            return Path(
-                snapshot_download(name, revision=revision, allow_patterns=[*MODEL_FILES], local_files_only=True)
+            kept = snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=[*MODEL_FILES],
+                ignore_patterns=[*ELSEWHERE],
+                local_files_only=True,
             )
+            return Path(kept)
         wanted = list(MODEL_FILES)
-        if not any(file.endswith(".safetensors") for file in listed):
+        if not any(fnmatch(file, "model*.safetensors") and "/" not in file for file in listed):
             wanted += TORCH_FILES
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=[*ELSEWHERE]))
     except GatedRepoError:
         raise ModelError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name} and sign in with `hf auth login`."

@@ -92,8 +92,18 @@ class Handler(BaseHTTPRequestHandler):
 def stub(tmp_path: Path) -> Iterator[Stub]:
     directory = tiny.model_directory(tmp_path / "served", "llama")
     (directory / "original").mkdir()
-    for name in ("consolidated.00.pth", "model.onnx", "picture.png", "original/params.bin", "pytorch_model.bin"):
+    for name in (
+        "consolidated.00.pth",
+        "model.onnx",
+        "picture.png",
+        "original/params.bin",
+        "pytorch_model.bin",
+        "original/params.json",
+        "original/model.safetensors",
+    ):
         (directory / name).write_bytes(b"not wanted")
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     server = Stub(directory)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
@@ -126,7 +136,8 @@ def test_fetches_only_what_a_model_needs_and_only_once(stub: Stub, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     got = Path(done.stdout.strip())
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in got.iterdir()} == names
+    extra = "additional_chat_templates/tools.jinja"
+    assert {str(path.relative_to(got)) for path in got.rglob("*") if path.is_file()} == {*names, extra}
     for name in names:
         assert (got / name).read_bytes() == (stub.directory / name).read_bytes()
     stub.asked.clear()
@@ -151,6 +162,12 @@ def test_an_interrupted_download_goes_on(stub: Stub, tmp_path: Path) -> None:
         span for method, path, span in stub.asked if path.endswith("model.safetensors") and span and method == "GET"
     ]
     assert any(0 < int(span.removeprefix("bytes=").split("-")[0]) < size for span in spans), "it began again"
+
+
+def test_torch_files_are_fetched_where_there_is_nothing_else(stub: Stub, tmp_path: Path) -> None:
+    (stub.directory / "model.safetensors").unlink()
+    got = Path(find(stub, tmp_path / "home", "someone/tiny").stdout.strip())
+    assert (got / "pytorch_model.bin").is_file() and not (got / "original").exists()
 
 
 @pytest.mark.parametrize(
