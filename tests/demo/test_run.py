@@ -11,21 +11,21 @@ from mlxlora.errors import InputError
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> DemoResult:
-    """A shortened demo: a third of the chats, a third of the questions."""
+    """A shortened demo: fewer chats, fewer questions."""
     out = tmp_path_factory.mktemp("demo") / "run"
     out.mkdir()
     (out / MARKER).write_text("{}")
     (out / "left-over").write_text("of an earlier demo")
-    return demo(out, questions=48, samples=480)
+    return demo(out, questions=40, samples=320)
 
 
 def test_the_adapter_learns_what_the_base_cannot_do(ran: DemoResult) -> None:
     base, adapter, fused, packed = ran.stages
     assert base.accuracy <= 0.05
-    assert adapter.accuracy >= 0.85
+    assert adapter.accuracy >= 0.9
     assert abs(fused.right - adapter.right) <= 1
     assert abs(packed.right - fused.right) <= 4
-    assert all(stage.asked == 48 for stage in ran.stages)
+    assert all(stage.asked == 40 for stage in ran.stages)
 
 
 def test_the_quantized_model_is_smaller(ran: DemoResult) -> None:
@@ -43,7 +43,7 @@ def test_what_it_leaves_behind(ran: DemoResult) -> None:
     assert {path.name for path in ran.out.iterdir()} >= {"data", "base", "run", "fused", "deployed", MARKER}
     assert not (ran.out / "left-over").exists()
     rows = [json.loads(line) for line in (ran.out / "data" / "train.jsonl").read_text().splitlines()]
-    assert len(rows) == 480
+    assert len(rows) == 400
     assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"]
 
 
