@@ -194,6 +194,8 @@ def main() -> None:
     print(f"{model.num_parameters():,} parameters, {len(tokenizer)} tokens, on {device}", flush=True)
     train(model, tokenizer, recipe, options, device)
     model.to(torch.bfloat16).save_pretrained(options.out)
+    for where in ("is_local", "local_files_only"):  # how it was loaded here is nobody's business there
+        tokenizer.init_kwargs.pop(where, None)
     tokenizer.save_pretrained(options.out)
 
 

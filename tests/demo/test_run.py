@@ -43,7 +43,7 @@ def test_what_it_leaves_behind(ran: DemoResult) -> None:
     assert {path.name for path in ran.out.iterdir()} >= {"data", "base", "run", "fused", "deployed", MARKER}
     assert not (ran.out / "left-over").exists()
     rows = [json.loads(line) for line in (ran.out / "data" / "train.jsonl").read_text().splitlines()]
-    assert len(rows) == 400
+    assert len(rows) == 320
     assert [message["role"] for message in rows[0]["messages"]] == ["user", "assistant"]
 
 
