@@ -11,10 +11,9 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from mlxlora.demo.run import write_chats
-
 from mlxlora import AdapterConfig, OptimizerConfig, SamplesConfig, TrainingConfig, convert, finetune, load
 from mlxlora.demo.questions import held_out_questions, training_questions
+from mlxlora.demo.run import write_chats
 from mlxlora.generate import complete
 
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from mlxlora_convert.export import FORMATS, export
 
 ROOT = Path(__file__).parents[2]

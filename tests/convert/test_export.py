@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from mlxlora_convert import export as doors
-from mlxlora_convert.probe import ReadBack, ReaderMissing
 
 from mlxlora.errors import ConfigError, MlxLoraError, UnsupportedError
+from mlxlora_convert import export as doors
+from mlxlora_convert.probe import ReadBack, ReaderMissing
 
 
 @dataclass(frozen=True, slots=True)

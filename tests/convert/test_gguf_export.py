@@ -9,14 +9,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+
+from mlxlora.errors import ConfigError, FormatError, InputError, MlxLoraError, ModelError, UnsupportedError
 from mlxlora_convert import gguf_architectures as tables
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.gguf_read import float_tensor
 from mlxlora_convert.gguf_tensors import CODED, decode_blocks, encode, ggml_type, keep_blocks
 from mlxlora_convert.weight_rows import QuantizedWeight, model_weights, pack, unpack
-
-from mlxlora.errors import ConfigError, FormatError, InputError, MlxLoraError, ModelError, UnsupportedError
 from tests import tiny
 
 

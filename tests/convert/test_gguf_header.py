@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from mlxlora_convert.gguf_header import read_header
 
 from mlxlora.errors import FormatError
+from mlxlora_convert.gguf_header import read_header
 
 F32, Q8_0 = 0, 8
 

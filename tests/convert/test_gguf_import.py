@@ -9,13 +9,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+
+from mlxlora.errors import FormatError, UnsupportedError
+from mlxlora.model import load, load_network
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.gguf_import import import_gguf
 from mlxlora_convert.probe import log_probs
-
-from mlxlora.errors import FormatError, UnsupportedError
-from mlxlora.model import load, load_network
 from tests import tiny
 
 TOKENS = [(37 * i + 11) % tiny.VOCABULARY for i in range(24)]

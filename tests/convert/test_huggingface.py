@@ -6,13 +6,13 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
-from mlxlora_convert import checkpoint_layout
-from mlxlora_convert.export import export
-from mlxlora_convert.hf_options import HuggingFaceOptions
 
 from mlxlora import model, weights
 from mlxlora.adapters import Adapters
 from mlxlora.errors import ConfigError, InputError, UnsupportedError
+from mlxlora_convert import checkpoint_layout
+from mlxlora_convert.export import export
+from mlxlora_convert.hf_options import HuggingFaceOptions
 from tests import tiny
 
 TOKENS = mx.array([[1, 70, 300, 5, 9, 41, 7]])

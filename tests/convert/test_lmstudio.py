@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+
+from mlxlora.errors import ConfigError
 from mlxlora_convert.export import export
 from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.lmstudio import names
 from mlxlora_convert.lmstudio_options import LMStudioOptions
-
-from mlxlora.errors import ConfigError
 from tests import tiny
 
 

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlxlora_convert.export import export
-from mlxlora_convert.lowrank import LowRank
-from mlxlora_convert.mlx_options import MlxOptions
-from mlxlora_convert.ours import BaseModel, from_lowrank
 
 from mlxlora import mlxlm
 from mlxlora.adapters.files import save_adapter
 from mlxlora.errors import ConfigError
 from mlxlora.model import load_network
+from mlxlora_convert.export import export
+from mlxlora_convert.lowrank import LowRank
+from mlxlora_convert.mlx_options import MlxOptions
+from mlxlora_convert.ours import BaseModel, from_lowrank
 from tests import tiny
 
 

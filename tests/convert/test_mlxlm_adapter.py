@@ -11,10 +11,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from mlxlora_convert.export import export, import_
-from mlxlora_convert.lowrank import LowRank
-from mlxlora_convert.mlxlm_options import MlxLmOptions
-from mlxlora_convert.ours import BaseModel, from_lowrank
 
 from mlxlora import mlxlm
 from mlxlora.adapters.files import Adapter, read_adapter, save_adapter
@@ -22,6 +18,10 @@ from mlxlora.adapters.live import attach
 from mlxlora.cli import main
 from mlxlora.errors import AdapterError, ConfigError, FormatError, InputError, UnsupportedError
 from mlxlora.model import load_network
+from mlxlora_convert.export import export, import_
+from mlxlora_convert.lowrank import LowRank
+from mlxlora_convert.mlxlm_options import MlxLmOptions
+from mlxlora_convert.ours import BaseModel, from_lowrank
 from tests import tiny
 
 TOKENS = mx.array([[5, 17, 300, 2, 44, 260, 8, 99]])

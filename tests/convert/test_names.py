@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from mlxlora.errors import UnsupportedError
 from mlxlora_convert import peft_experts as stacks
 from mlxlora_convert.lowrank import Kind, LowRank, Place, concatenated
 from mlxlora_convert.names import FAMILIES, PROJECTIONS, Names, each_expert
-
-from mlxlora.errors import UnsupportedError
 
 LEAVES = ["self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_proj", "attn.c_attn", "mlp.gate"]
 few = settings(max_examples=60, deadline=None)

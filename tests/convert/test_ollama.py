@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlxlora_convert import go_template
-from mlxlora_convert.ollama import export_ollama
-from mlxlora_convert.ollama_options import OllamaOptions
-from mlxlora_convert.ollama_template import render, translate
 
 from mlxlora.data import known_templates
 from mlxlora.data.template import ChatTemplate
 from mlxlora.errors import ConfigError, UnsupportedError
+from mlxlora_convert import go_template
+from mlxlora_convert.ollama import export_ollama
+from mlxlora_convert.ollama_options import OllamaOptions
+from mlxlora_convert.ollama_template import render, translate
 from tests import tiny
 
 DATE = datetime.date(2024, 7, 26)

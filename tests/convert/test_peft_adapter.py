@@ -9,6 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+
+from mlxlora.adapters.files import Adapter, read_adapter, save_adapter
+from mlxlora.cli import main
+from mlxlora.errors import AdapterError, ConfigError, FormatError, InputError, UnsupportedError
 from mlxlora_convert import base as bases
 from mlxlora_convert.export import export, import_
 from mlxlora_convert.lowrank import LowRank
@@ -17,10 +21,6 @@ from mlxlora_convert.ours import BaseModel, from_lowrank
 from mlxlora_convert.peft_config import PeftConfig
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.peft_import import from_peft
-
-from mlxlora.adapters.files import Adapter, read_adapter, save_adapter
-from mlxlora.cli import main
-from mlxlora.errors import AdapterError, ConfigError, FormatError, InputError, UnsupportedError
 from tests import tiny
 
 Change = Callable[[dict[str, Any], dict[str, mx.array]], Any]

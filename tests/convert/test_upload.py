@@ -13,8 +13,6 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from mlxlora_convert.export import export
-from mlxlora_convert.upload import upload
 
 from mlxlora.adapters import AdapterConfig
 from mlxlora.cli import main
@@ -22,6 +20,8 @@ from mlxlora.errors import ConfigError, InputError, MlxLoraError
 from mlxlora.finetune import finetune
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Event, Notice
+from mlxlora_convert.export import export
+from mlxlora_convert.upload import upload
 from tests import tiny
 
 

@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+
+from mlxlora.model import load_network
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.llamacpp import LlamaCpp, ReaderError
 from mlxlora_convert.probe import log_probs
-
-from mlxlora.model import load_network
 from tests import tiny
 
 pytestmark = pytest.mark.parity
@@ -167,10 +167,9 @@ def test_the_template_renders_alike(tmp_path: Path) -> None:
 
 
 def test_the_door_checks_before_it_publishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlxlora.errors import MlxLoraError
     from mlxlora_convert import gguf_tensors
     from mlxlora_convert.export import export
-
-    from mlxlora.errors import MlxLoraError
 
     directory = tiny.model_directory(tmp_path / "model", "llama")
     done = export(str(directory), "gguf", tmp_path / "model.gguf")

@@ -6,16 +6,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+
+from mlxlora.cli import main
+from mlxlora.errors import MlxLoraError
+from mlxlora.model import load_network
 from mlxlora_convert.export import export
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.gguf_import import import_gguf
 from mlxlora_convert.llamacpp import LlamaCpp
 from mlxlora_convert.ollama_options import OllamaOptions
 from mlxlora_convert.probe import log_probs
-
-from mlxlora.cli import main
-from mlxlora.errors import MlxLoraError
-from mlxlora.model import load_network
 from tests import tiny
 
 pytestmark = pytest.mark.parity

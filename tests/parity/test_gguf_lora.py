@@ -6,16 +6,16 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+
+from mlxlora.adapters.files import Adapter, Module, save_adapter
+from mlxlora.errors import AdapterError, UnsupportedError
+from mlxlora.model import fingerprint, load
 from mlxlora_convert.export import export
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.gguf_lora import export_gguf_lora
 from mlxlora_convert.llamacpp import LlamaCpp
 from mlxlora_convert.ours import BaseModel
 from mlxlora_convert.probe import log_probs
-
-from mlxlora.adapters.files import Adapter, Module, save_adapter
-from mlxlora.errors import AdapterError, UnsupportedError
-from mlxlora.model import fingerprint, load
 from tests import tiny
 
 pytestmark = pytest.mark.parity

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlxlora_convert import gguf_pretokenizers
-from mlxlora_convert.gguf_file import export_gguf
-from mlxlora_convert.gguf_import import import_gguf
-from mlxlora_convert.llamacpp import LlamaCpp
 
 from mlxlora import sentencepiece_model
 from mlxlora.errors import UnsupportedError
 from mlxlora.tokenizer import Tokenizer
+from mlxlora_convert import gguf_pretokenizers
+from mlxlora_convert.gguf_file import export_gguf
+from mlxlora_convert.gguf_import import import_gguf
+from mlxlora_convert.llamacpp import LlamaCpp
 from tests import tiny
 
 pytestmark = pytest.mark.parity

@@ -5,11 +5,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlxlora_convert import checkpoint_layout
-from mlxlora_convert.export import export
 
 from mlxlora import architecture, model, weights
 from mlxlora.convert import LARGEST_KL, convert
+from mlxlora_convert import checkpoint_layout
+from mlxlora_convert.export import export
 from tests import tiny
 
 pytestmark = pytest.mark.parity

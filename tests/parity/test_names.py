@@ -9,10 +9,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="pip install torch transformers peft")
 transformers = pytest.importorskip("transformers", reason="pip install torch transformers peft")
 
+from mlxlora import architecture, mlxlm  # noqa: E402
 from mlxlora_convert.base import places  # noqa: E402
 from mlxlora_convert.names import FAMILIES, Names, each_expert  # noqa: E402
-
-from mlxlora import architecture, mlxlm  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
 MISSING: dict[str, dict[str, Any]] = {

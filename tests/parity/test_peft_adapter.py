@@ -17,17 +17,16 @@ torch = pytest.importorskip("torch", reason="pip install torch transformers peft
 peft = pytest.importorskip("peft", reason="pip install torch transformers peft")
 transformers = pytest.importorskip("transformers", reason="pip install torch transformers peft")
 
+from mlxlora import architecture, mlxlm  # noqa: E402
+from mlxlora.adapters.inject import get_module  # noqa: E402
+from mlxlora.errors import AdapterError, UnsupportedError  # noqa: E402
+from mlxlora.model import load_network  # noqa: E402
 from mlxlora_convert import base as bases  # noqa: E402
 from mlxlora_convert.lowrank import LowRank, Place  # noqa: E402
 from mlxlora_convert.names import Names  # noqa: E402
 from mlxlora_convert.peft_config import PeftConfig  # noqa: E402
 from mlxlora_convert.peft_export import PeftOptions, to_peft  # noqa: E402
 from mlxlora_convert.peft_import import Imported, from_peft  # noqa: E402
-
-from mlxlora import architecture, mlxlm  # noqa: E402
-from mlxlora.adapters.inject import get_module  # noqa: E402
-from mlxlora.errors import AdapterError, UnsupportedError  # noqa: E402
-from mlxlora.model import load_network  # noqa: E402
 from tests import tiny  # noqa: E402
 
 pytestmark = [

@@ -12,14 +12,13 @@ import pytest
 pytest.importorskip("torch", reason="pip install torch transformers peft")
 pytest.importorskip("peft", reason="pip install torch transformers peft")
 
+from mlxlora.adapters.files import save_adapter
+from mlxlora.cli import main
+from mlxlora.errors import MlxLoraError
 from mlxlora_convert import peft_adapter
 from mlxlora_convert.export import export
 from mlxlora_convert.lowrank import LowRank
 from mlxlora_convert.ours import BaseModel, from_lowrank
-
-from mlxlora.adapters.files import save_adapter
-from mlxlora.cli import main
-from mlxlora.errors import MlxLoraError
 from tests import tiny
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

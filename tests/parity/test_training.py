@@ -15,11 +15,6 @@ torch = pytest.importorskip("torch", reason="pip install torch transformers peft
 peft = pytest.importorskip("peft", reason="pip install torch transformers peft")
 transformers = pytest.importorskip("transformers", reason="pip install torch transformers peft")
 
-from mlxlora_convert.base import places  # noqa: E402
-from mlxlora_convert.names import Names  # noqa: E402
-from mlxlora_convert.ours import to_lowrank  # noqa: E402
-from mlxlora_convert.peft_export import to_peft  # noqa: E402
-
 from mlxlora.adapters import AdapterConfig, collect, inject  # noqa: E402
 from mlxlora.data.sample import Sample  # noqa: E402
 from mlxlora.engine.config import EngineConfig  # noqa: E402
@@ -27,6 +22,10 @@ from mlxlora.engine.engine import Engine  # noqa: E402
 from mlxlora.model import load_network  # noqa: E402
 from mlxlora.objectives.sft import sft  # noqa: E402
 from mlxlora.training.optimizer import OptimizerConfig  # noqa: E402
+from mlxlora_convert.base import places  # noqa: E402
+from mlxlora_convert.names import Names  # noqa: E402
+from mlxlora_convert.ours import to_lowrank  # noqa: E402
+from mlxlora_convert.peft_export import to_peft  # noqa: E402
 from tests import reference, tiny  # noqa: E402
 from tests.rows import Rows, train  # noqa: E402
 
