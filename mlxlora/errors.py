@@ -40,7 +40,8 @@ class Problem:
 
     def __str__(self) -> str:
         text = f"{self.where}: {self.what}" if self.where else self.what
-        return f"{text}. {self.advice}" if self.advice else text
+        stop = "" if text.endswith((".", "?", "!")) else "."
+        return f"{text}{stop} {self.advice}" if self.advice else text
 
 
 class MlxLoraError(Exception):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from mlx.utils import tree_flatten
 
-from mlxlora import hub
+from mlxlora import architecture, hub
 from mlxlora.adapters import AdapterConfig, collect, inject, remove, write_adapter
 from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
@@ -86,8 +86,10 @@ def finetune(
     path = hub.find(model, revision=revision)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     splits = load_data(
-        data[0] if len(data) == 1 else data, tokenizer, samples, seed=training.seed, on_progress=on_progress
-    )
+        data[0] if len(data) == 1 else data, tokenizer, samples, seed=training.seed,
+        vocabulary_size=architecture.text_config(architecture.read_config(path)).get("vocab_size"),
+        on_progress=on_progress,
+    )  # fmt: skip
 
     identity = identify(path, tokenizer, splits, settings)
     accepted = check_accepted(accept_changes or [], identity)

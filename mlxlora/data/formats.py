@@ -63,7 +63,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     missing = [theirs for theirs in columns.values() if theirs not in row]
     if missing and len(missing) == len(columns):
         raise RowError(
-            f"the row has no '{missing[0]}'.{nearest(missing[0], list(row))}",
+            f"the row has no '{missing[0]}'.{nearest(missing[0], [str(key) for key in row])}",
             f"columns names it; the row has {_keys(row)}.",
         )
     taken = set(columns.values())

@@ -15,6 +15,8 @@ from mlxlora.data.sources import READERS
 from mlxlora.errors import DataError, FormatError, nearest
 from mlxlora.files import zip_members
 
+PLAIN_TEXT = (".txt", ".md")
+ABOUT = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")  # of the datasets library
 SPLITS = {
     "train": "train", "training": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid",
     "test": "test", "eval": "test",
@@ -198,6 +200,8 @@ def _archive(path: Path, weight: float) -> list[File]:
 
 def _by_split(files: list[File], path: Path) -> dict[str, list[File]]:
     found: dict[str, list[File]] = {}
+    rows = [file for file in files if file.suffix not in PLAIN_TEXT and file.path.name not in ABOUT]
+    files = rows or files  # beside rows, a README is no data
     named = [file for file in files if _split_of(file)]
     for file in named or files:
         found.setdefault(_split_of(file) or "train", []).append(file)

@@ -250,3 +250,13 @@ def test_chat_rows_need_a_template(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["data", "check", str(path), "--model", str(model)]) == 2
     assert "no chat template" in (error := capsys.readouterr().err) and "--samples.template" in error
     assert main(["data", "check", str(path), "--model", str(model), "--samples.template", "chatml"]) == 0
+
+
+def test_a_tokenizer_larger_than_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny.tokenizer(tmp_path / "model")
+    (model / "config.json").write_text('{"model_type": "llama", "vocab_size": 30}')
+    path = tmp_path / "a.jsonl"
+    path.write_text(GOOD * 5)
+    assert main(["train", "--model", str(model), "--data", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "a.jsonl:1: token" in (error := capsys.readouterr().err) and "vocabulary of 30" in error
+    assert not (tmp_path / "run").exists()

@@ -104,7 +104,7 @@ def test_zip_and_directory(tmp_path: Path, tokenizer: Tokenizer, expected: list[
         archive.writestr("set/train.jsonl", lines(MESSAGES))
         archive.writestr("set/valid.json", json.dumps(MESSAGES[:2]))
         archive.writestr("__MACOSX/set/._train.jsonl", b"\x00")
-        archive.writestr("README.md", b"Not data? It is, in a folder without splits.")
+        archive.writestr("README.md", b"What this is about.")
     splits = load(tmp_path / "a.zip", tokenizer)
     assert tokens(splits) == expected and splits.valid is not None and len(splits.valid) == 2
     assert splits.train.origin(0).endswith("a.zip!set/train.jsonl:1")
@@ -122,6 +122,16 @@ def test_a_directory_without_splits_is_all_training(tmp_path: Path, tokenizer: T
         (tmp_path / name).write_text(f"Text of {name}\r\n")
     splits = load(tmp_path, tokenizer, WHOLE)
     assert len(splits.train) == 3 and set(splits.formats.values()) == {"text"}
+
+
+def test_beside_rows_a_readme_is_no_data(tmp_path: Path, tokenizer: Tokenizer, expected: list[list[int]]) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "rows.jsonl").write_bytes(lines(MESSAGES))
+    (folder / "README.md").write_text("# About")
+    (folder / "dataset_info.json").write_text("{}")
+    (folder / ".hidden.jsonl").write_text("{")
+    assert tokens(load(folder, tokenizer, WHOLE)) == expected
 
 
 def test_a_validation_file_and_a_validation_split(jsonl: Callable[..., Path], tokenizer: Tokenizer) -> None:
