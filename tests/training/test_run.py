@@ -1,7 +1,9 @@
 """The run directory: whole or not at all, one writer, and back to the last whole checkpoint."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -251,3 +253,31 @@ def test_a_forked_child_does_not_keep_the_lock_of_a_killed_parent(tmp_path: Path
     finally:
         os.kill(child, signal.SIGKILL)
         holder.stdout.close()
+
+
+@pytest.mark.parametrize("stage", range(5))
+def test_a_kill_while_a_finished_run_is_cleared_leaves_one_that_only_overwrite_touches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    path = tmp_path / "run"
+    begin(path, (10, 20))
+    with RunDirectory.open(path, identity=IDENTITY) as run:
+        run.finish({})
+    left = iter(range(stage))
+
+    def remove(target: Path) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        shutil.rmtree(target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module, "remove_directory", remove)
+        with contextlib.suppress(KeyboardInterrupt):
+            begin(path, overwrite=True)
+    if stage < 3:  # checkpoints/, best/ and adapter/ are not all gone yet
+        with pytest.raises(RunError, match="finished run"):
+            RunDirectory.open(path, identity=IDENTITY)
+    begin(path, (5,), overwrite=True)
+    with RunDirectory.open(path, identity=IDENTITY) as run:
+        found = run.latest()
+        assert found is not None and found.step == 5 and not run.best_path.exists()
