@@ -13,7 +13,7 @@ import numpy as np
 
 from mlxlora.data import Batch, BatchConfig, Dataset, SamplesConfig, collate, plan_epoch
 from mlxlora.data import load as load_data
-from mlxlora.engine import Engine
+from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.files import refuse_existing, write_whole
 from mlxlora.generate import SamplingConfig, complete
@@ -172,7 +172,7 @@ def row_losses(model: LanguageModel, dataset: Dataset, chosen: Sequence[int]) ->
     lengths = dataset.lengths[list(chosen)]
     plan = plan_epoch(lengths, BatchConfig(batch_size=8), seed=0, epoch=0, shuffle=False)
     found = np.zeros(len(chosen))
-    engine = Engine(model.network)
+    engine = Engine(model.network, EngineConfig(checkpoint_blocks="none"))  # there is no way back to prepare
 
     def objective(scores: Any, batch: Batch) -> Any:
         total, count, _ = sft(scores, batch)

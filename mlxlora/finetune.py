@@ -133,7 +133,7 @@ def session(
         state = run.latest()
         run.require_space(starting_state(model, optimizer), keep=training.keep)
         run.write_config(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
-        watch.notices += [*left_out(splits), *engine.notes, *run.notices]
+        watch.notices += [*architecture.silently_wrong(model.config), *left_out(splits), *engine.notes, *run.notices]
 
         def write(path: Path) -> None:
             name = Path(settings["model"]).name

@@ -28,22 +28,27 @@ def structure(block: nn.Module) -> tuple[Any, ...]:
     return (arrays, tuple(slots.trainable), _attributes(block))
 
 
-def _attributes(value: Any) -> Any:
+def _attributes(value: Any, *, apart: bool = False) -> Any:
+    """apart: reached through a plain attribute: arrays there are no parameters of the block and count by identity;
+    adapters that live on a model are kept that way."""
     if isinstance(value, mx.array):
-        return "array"
+        return id(value) if apart else "array"
     if isinstance(value, nn.Module):
         cls = own_class(value)
         read = _names_read(cls)
         own = {name: item for name, item in vars(value).items() if name not in _PRIVATE and name in read}
-        children = {name: item for name, item in value.items() if not isinstance(item, mx.array)}
-        return (cls, value.training, *((name, _attributes(item)) for name, item in sorted({**own, **children}.items())))
+        children = {name: item for name, item in value.items() if apart or not isinstance(item, mx.array)}
+        parts = {name: _attributes(item, apart=True) for name, item in own.items()}
+        parts |= {name: _attributes(item, apart=apart) for name, item in children.items()}
+        return (cls, value.training, *sorted(parts.items()))
     if isinstance(value, _PLAIN):
         return (type(value).__name__, value)
     if isinstance(value, (list, tuple)):
-        return tuple(_attributes(item) for item in value)
+        return tuple(_attributes(item, apart=apart) for item in value)
     if isinstance(value, dict):
         return tuple(
-            (str(name), _attributes(item)) for name, item in sorted(value.items(), key=lambda pair: str(pair[0]))
+            (str(name), _attributes(item, apart=apart))
+            for name, item in sorted(value.items(), key=lambda pair: str(pair[0]))
         )
     return id(value)
 

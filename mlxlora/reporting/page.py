@@ -18,6 +18,7 @@ SMOOTHING = 0.2  # weight of the newest value in a smoothed curve
 def render(template: str, charts: Sequence[dict[str, Any]], **values: Any) -> str:
     """The HTML of a template in `assets/`, which extends `page.html.jinja`, with charts made by `chart`."""
     import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
     from markupsafe import Markup
 
     assets = resources.files("mlxlora.reporting") / "assets"
@@ -25,7 +26,7 @@ def render(template: str, charts: Sequence[dict[str, Any]], **values: Any) -> st
     def read(name: str) -> str:
         return (assets / name).read_text(encoding="utf-8")
 
-    environment = jinja2.Environment(
+    environment = ImmutableSandboxedEnvironment(
         autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(read)
     )
     return environment.get_template(template).render(

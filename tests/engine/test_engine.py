@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.engine.config import EngineConfig
@@ -137,3 +138,22 @@ def test_frozen_blocks_are_computed_once(where: str, tmp_path: Any) -> None:
     assert results[0][0] == results[1][0]
     assert [count for _, count in results] == [5, 1, 1]
     engine.close()
+
+
+def test_live_adapters_are_each_block_s_own(tmp_path):
+    """Arrays beside the parameters (adapters that live on a model) must not be shared by blocks of one structure."""
+    from mlxlora.adapters import attach, collect, save_adapter
+    from mlxlora.training.forecast import synthetic
+
+    trained = tiny.network("llama", num_hidden_layers=3)
+    inject(trained, AdapterConfig(rank=4))
+    for index, (path, array) in enumerate(tree_flatten(trained.trainable_parameters())):
+        trained.update(tree_unflatten([(path, mx.random.normal(array.shape, key=mx.random.key(index)) * 0.3)]))
+    save_adapter(tmp_path / "adapter", collect(trained))
+    network = tiny.network("llama", num_hidden_layers=3)
+    attach(network, [str(tmp_path / "adapter")])
+    batch = synthetic(2, 24, 0.5, tiny.VOCABULARY)
+    engine, plain = Engine(network), Engine(trained)
+    assert not engine.notes
+    found, expected = (one.evaluate(sft, batch)[0].item() for one in (engine, plain))
+    assert found == pytest.approx(expected, rel=1e-5)
