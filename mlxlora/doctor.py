@@ -22,6 +22,7 @@ PACKAGES = ("mlx", "mlx-lm", "transformers", "tokenizers", "numpy", "huggingface
 EXTRAS = {  # module → (what it is for, how to get it)
     "pyarrow": ("Parquet files", "pip install 'mlxlora[parquet]'"),
     "datasets": ("data sets of the Hugging Face hub", "pip install 'mlxlora[datasets]'"),
+    "jsonschema": ("the metric json-schema of `mlxlora compare`", "pip install 'mlxlora[compare]'"),
     "torch": ("model weights in .bin files, and reading exports back with transformers", "pip install torch"),
     "peft": ("reading PEFT exports back", "pip install peft"),
     "xllamacpp": ("reading GGUF exports back with llama.cpp", "pip install xllamacpp"),
@@ -95,6 +96,7 @@ def doctor() -> DoctorResult:
 
 
 def installed(package: str) -> str:
+    """The version of a package, or `missing`."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
