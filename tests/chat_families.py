@@ -124,10 +124,21 @@ TEXT = [
 @functools.cache
 def backend(kind: str) -> str:
     """A trained tokenizer as JSON: `bytes` (GPT-2, Llama 3, Qwen), `metaspace` (Gemma, Llama 2 as transformers 5 makes
-    it) or `prepend` (Llama 2's older file: a normalizer that writes ▁)."""
+    it), `prepend` (Llama 2's older file: a normalizer that writes ▁) or `unigram` (T5, XLM-R: with a normalizer that
+    changes the text)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     control = [AddedToken(text, special=True, normalized=False, rstrip=text == "<|assistant|>") for text in CONTROL]
+    if kind == "unigram":
+        built = Tokenizer(models.Unigram())
+        built.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace("  ", " ")])
+        built.pre_tokenizer = pre_tokenizers.Metaspace()
+        built.decoder = decoders.Metaspace()
+        built.train_from_iterator(
+            TEXT * 4,
+            trainers.UnigramTrainer(vocab_size=400, special_tokens=control, unk_token="<unk>", show_progress=False),
+        )
+        return built.to_str()
     alphabet = sorted({letter for text in TEXT for letter in text.replace(" ", "▁")})
     if kind == "bytes":
         built = Tokenizer(models.BPE())

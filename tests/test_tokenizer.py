@@ -72,3 +72,15 @@ def test_what_cannot_be_loaded(tmp_path) -> None:
         Tokenizer.load(tmp_path)
     with pytest.raises(UnsupportedError, match="not a fast tokenizer"):
         Tokenizer(object())
+
+
+def test_unigram_vocabularies_hold_their_control_tokens_as_pieces_and_still_spell_them_as_text() -> None:
+    """Here `split_special_tokens` of transformers finds `</s>` as a piece of the vocabulary: ours must not."""
+    made = Tokenizer(hf_tokenizer("unigram", None, "</s>"))
+    for text in TEXTS:
+        aliased = made.control_pattern.sub(lambda found: made.alias(found.group()), text)
+        assert made.encode_aliased([aliased])[0].ids.tolist() == made.encode(text).ids.tolist()
+    control = set(made.control_tokens.values()) - {made.control_tokens["<unk>"]}  # which any unknown letter is
+    for token in CONTROL:
+        assert control & set(made.encode_ids([f"a {token} b"], control=True)[0].tolist()) or token == "<unk>"
+        assert not control & set(made.encode_ids([f"a {token} b"])[0].tolist()), token
