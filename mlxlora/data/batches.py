@@ -171,7 +171,7 @@ def _pack(order: IntArray, lengths: IntArray, config: BatchConfig, random: np.ra
         # as few rows as can be, evenly filled: the last one is not left half empty
         rows_needed = -(-total // capacity)
         even = -(-int(total / rows_needed * 1.01 + 1) // GRAIN) * GRAIN
-        capacity = min(capacity, max(even, int(lengths[order].max())))
+        capacity = max(min(capacity, even), int(lengths[order].max()))
     rows_per_batch = (
         config.batch_size if config.tokens_per_batch is None else max(1, config.tokens_per_batch // capacity)
     )

@@ -134,7 +134,7 @@ def check(
     tokenizer = load_tokenizer(hub.find(model), trust_remote_code=trust_remote_code)
     splits = load(data, tokenizer, replace(samples, allow_unusable=True), seed=seed, on_progress=on_progress)
     findings = Findings()
-    _look_at_samples(splits, tokenizer, samples, findings)
+    _look_at_samples(splits, tokenizer, findings)
     looker = _Looker(tokenizer, samples, findings)
     looker.look(data, on_progress)
     train, counts = splits.train, splits.counts["train"]
@@ -177,9 +177,9 @@ def check(
 # -- warnings about samples -------------------------------------------------------------------------------------------
 
 
-def _look_at_samples(splits: DataSplits, tokenizer: Tokenizer, config: SamplesConfig, findings: Findings) -> None:
+def _look_at_samples(splits: DataSplits, tokenizer: Tokenizer, findings: Findings) -> None:
     for counts in splits.counts.values():
-        _look_at_counts(counts, config, findings)
+        _look_at_counts(counts, findings)
     train, bos = splits.train, tokenizer.bos_id
     for sample in train:
         tokens = sample.tokens
@@ -192,18 +192,19 @@ def _look_at_samples(splits: DataSplits, tokenizer: Tokenizer, config: SamplesCo
         findings.add("few", f"there are {len(train)} samples to train on")
 
 
-def _look_at_counts(counts: Counts, config: SamplesConfig, findings: Findings) -> None:
+def _look_at_counts(counts: Counts, findings: Findings) -> None:
     if counts.unended:
         findings.add("no_end", f"{counts.unended:,} samples have a turn that no token ends", count=counts.unended)
     if counts.dropped_thinking:
         what = f"the template leaves out the reasoning of {counts.dropped_thinking:,} assistant turns"
         findings.add("thinking", what, count=counts.dropped_thinking)
-    if counts.truncated:
-        what = f"{counts.truncated:,} samples are longer than {config.max_length:,} tokens and are cut"
-        findings.add("long", what, count=counts.truncated)
-    if counts.dropped:
-        what = f"{counts.dropped:,} samples are longer than {config.max_length:,} tokens and are left out"
-        findings.add("long", what, count=counts.dropped)
+    for problem in counts.cut:
+        findings.add("long", "samples are longer than max_length and are cut", problem.where)
+    for problem in counts.listed:
+        if "max_length" in problem.what:
+            findings.add("dropped", "samples are longer than max_length and are left out", problem.where)
+    for kind, all_of_them in (("long", counts.truncated), ("dropped", counts.dropped)):
+        findings.raise_count(kind, all_of_them)
     for problem in counts.listed:
         kind = "untrained" if problem.what == "no token of it is learned" else "unlocated"
         if "max_length" not in problem.what:

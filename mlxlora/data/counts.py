@@ -22,6 +22,7 @@ class Counts:
     dropped_thinking: assistant turns whose reasoning the template leaves out
     unended: samples with a turn that no token ends
     listed: `file:line` and reason of the rows left out, of the first thousand
+    cut: `file:line` and length of those that were truncated, of the first thousand
     """
 
     rows: int = 0
@@ -33,11 +34,18 @@ class Counts:
     dropped_thinking: int = 0
     unended: int = 0
     listed: list[Problem] = field(default_factory=list)
+    cut: list[Problem] = field(default_factory=list)
 
     def leave_out(self, origin: str, reason: str) -> None:
         """List a row that is left out."""
         if len(self.listed) < LISTED:
             self.listed.append(Problem(origin, reason))
+
+    def cut_down(self, origin: str, length: int, limit: int) -> None:
+        """Count and list a sample that is cut."""
+        self.truncated += 1
+        if len(self.cut) < LISTED:
+            self.cut.append(Problem(origin, f"{length} tokens are cut to max_length {limit}"))
 
     @property
     def lost(self) -> int:
@@ -65,4 +73,5 @@ class Counts:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Counts:
         """From a store's manifest."""
-        return cls(**{**value, "listed": [Problem(**problem) for problem in value["listed"]]})
+        lists = {name: [Problem(**problem) for problem in value[name]] for name in ("listed", "cut")}
+        return cls(**{**value, **lists})

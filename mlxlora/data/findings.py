@@ -49,6 +49,11 @@ class Findings:
         if where and len(finding.places) < PLACES and where not in finding.places:
             finding.places.append(where)
 
+    def raise_count(self, kind: str, least: int) -> None:
+        """Places are kept of the first thousand only; say how many there are in truth."""
+        if kind in self._found:
+            self._found[kind].count = max(self._found[kind].count, least)
+
     def look(self, record: Record, where: str) -> None:
         """Try every rule on a record."""
         for rule in RULES:
@@ -223,6 +228,7 @@ ADVICE = {
     "unlocated": "They are left out.",
     "untrained": "They are left out.",
     "long": "Raise --samples.max_length, or shorten them.",
+    "dropped": "Raise --samples.max_length, shorten them, or cut them with --samples.too_long truncate.",
     "few": "A few hundred good rows are a start.",
     "mostly_prompt": "That is fine for long documents; otherwise look whether the answers are complete.",
 }

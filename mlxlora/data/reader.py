@@ -136,7 +136,7 @@ class Encoder:
             counts.leave_out(origin, f"{len(sample.tokens)} tokens are more than max_length {limit}")
             return
         if len(sample.tokens) > limit:
-            counts.truncated += 1
+            counts.cut_down(origin, len(sample.tokens), limit)
             sample = truncated(sample, limit, self.tokenizer.bos_id)
         counts.samples += 1
         writer.add(sample, source, line)

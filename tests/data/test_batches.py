@@ -74,6 +74,11 @@ def test_packing_wastes_next_to_nothing() -> None:
     assert len(plan.shapes) <= 2
 
 
+def test_a_sample_longer_than_a_packed_row_makes_the_rows_longer() -> None:
+    plan = plan_epoch(np.array([500, 20, 30], np.int32), BatchConfig(packing=True, max_length=100), seed=0, epoch=0)
+    assert {planned.length for planned in plan} == {500}
+
+
 def test_validation_order_is_the_same_in_every_epoch() -> None:
     lengths = log_normal(300)
     plans = [plan_epoch(lengths, BatchConfig(), seed=seed, epoch=seed, shuffle=False) for seed in (0, 1)]

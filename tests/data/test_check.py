@@ -134,6 +134,10 @@ def test_lengths_are_warned_about(jsonl: Write, model: Path) -> None:
         [str(jsonl([*GOOD, talk("hm", "word " * 400)]))], model=str(model), samples=SamplesConfig(max_length=128)
     )
     assert kinds(found)["long"] == 1 and found.truncated == 1
+    assert next(f for f in found.findings if f.kind == "long").places == [f"{found.data[0]}:61"]
+    config = SamplesConfig(max_length=128, too_long="drop")
+    found = check(list(found.data), model=str(model), samples=config)
+    assert kinds(found)["dropped"] == 1 and found.dropped == 1
 
 
 # -- convert ----------------------------------------------------------------------------------------------------------
