@@ -12,19 +12,19 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora.adapters.inject import count_weights
-from mlxlora.data.sample import Batch
 from mlxlora.errors import TrainingError
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
+from mlxlora.training.contracts import Batches, Objective, Store, TrainingEngine
+from mlxlora.training.counters import Counters, Pending
 from mlxlora.training.events import (
     Checkpoint,
     Control,
@@ -39,84 +39,13 @@ from mlxlora.training.events import (
 )
 from mlxlora.training.optimizer import Flat, Optimizer
 from mlxlora.training.pace import Pace
-
-Objective: TypeAlias = Callable[..., tuple[mx.array, mx.array, dict[str, mx.array]]]
-
-
-class Batches(Protocol):
-    """What the loop asks of the data. `plan` must be a pure function of the epoch."""
-
-    @property
-    def samples(self) -> int: ...
-
-    def plan(self, epoch: int) -> Sequence[Any]: ...
-
-    def batch(self, planned: Any) -> Batch: ...
-
-    def tokens(self, planned: Any) -> tuple[int, int]:
-        """(trained, processed) tokens, padding left out."""
-        ...
-
-    def origins(self, planned: Any) -> list[str]: ...
-
-
-class TrainingEngine(Protocol):
-    """What the loop asks of the engine."""
-
-    def value_and_grad(
-        self, objective: Objective, batch: Batch, key: mx.array | None = None
-    ) -> tuple[mx.array, mx.array, dict[str, mx.array], Any]: ...
-
-    def evaluate(self, objective: Objective, batch: Batch) -> tuple[mx.array, mx.array, dict[str, mx.array]]: ...
-
-
-class Store(Protocol):
-    """Where checkpoints go."""
-
-    def save(self, state: TrainingState, *, adapter_writer: Callable[[Path], None], best: bool, keep: int) -> Path: ...
-
-
-@dataclass(slots=True)
-class Pending:
-    """A step whose numbers have not been read yet."""
-
-    step: int
-    epoch: float
-    loss: mx.array
-    norm: mx.array
-    finite: mx.array
-    trained: int
-    processed: int
-    samples: int
-    planned: list[Any]
-
-
-@dataclass
-class Counters:
-    """What a run remembers beside its arrays; saved with every checkpoint."""
-
-    tokens: int = 0
-    samples: int = 0
-    skipped: int = 0
-    elapsed: float = 0.0
-    best_loss: float | None = None
-    best_step: int | None = None
-    without_better: int = 0
-    owes_validation: bool = False
-    """a stop came before the validation of this step was through"""
-    losses: list[float] = field(default_factory=list)
-    """of the last 50 steps"""
+from mlxlora.training.validation import evaluate, number
 
 
 def key_for(seed: int, step: int, micro: int) -> mx.array:
     """The dropout key of one micro-batch."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro}".encode()).digest()
     return mx.random.key(int.from_bytes(digest[:8], "little"))
-
-
-def number(scalar: mx.array) -> float:
-    """A scalar array as a Python float; waits for it."""
-    return float(scalar.item())  # type: ignore[arg-type]
 
 
 def count_steps(batches: Batches, config: TrainingConfig) -> int:
@@ -132,6 +61,7 @@ def count_steps(batches: Batches, config: TrainingConfig) -> int:
 
 
 def steps_in(batches: Batches, config: TrainingConfig, epoch: int) -> int:
+    """How many updates one epoch comes to; the last may see fewer micro-batches."""
     return math.ceil(len(batches.plan(epoch)) / config.accumulate)
 
 
@@ -178,6 +108,7 @@ class Trainer:
         self.reported = time.monotonic()
 
     def restore(self, state: TrainingState) -> None:
+        """Go on from a checkpoint."""
         self.step, self.epoch, self.position = state.step, state.epoch, state.position
         self.network.update(tree_unflatten(list(state.adapter.items())))
         self.parameters = dict(tree_flatten(self.network.trainable_parameters()))
@@ -187,6 +118,7 @@ class Trainer:
 
     @property
     def elapsed(self) -> float:
+        """Seconds of training, earlier parts of a resumed run included."""
         return time.monotonic() - self.begun
 
     def __iter__(self) -> Iterator[Event]:
@@ -238,6 +170,7 @@ class Trainer:
         )  # fmt: skip
 
     def epochs_of(self, steps: int) -> float:
+        """How many epochs so many updates come to."""
         done, epoch = 0, 0
         while True:
             here = steps_in(self.batches, self.config, epoch)
@@ -246,6 +179,7 @@ class Trainer:
             done, epoch = done + here, epoch + 1
 
     def epoch_now(self) -> float:
+        """Epochs done, with the share of the current one."""
         return self.epoch + self.position / max(math.ceil(len(self.plan) / self.config.accumulate), 1)
 
     def one_step(self) -> None:
@@ -318,6 +252,7 @@ class Trainer:
             yield from self.watch(pending.step, loss)
 
     def count_nonfinite(self, pending: Pending) -> None:
+        """Count an update that was left out. Raises TrainingError when there are more than are allowed."""
         self.counters.skipped += 1
         if self.counters.skipped > self.config.skip_nonfinite:
             origins = [origin for planned in pending.planned for origin in self.batches.origins(planned)]
@@ -343,6 +278,7 @@ class Trainer:
             )
 
     def validation_due(self) -> bool:
+        """Whether this step is one to validate after: as configured, and always the last."""
         if self.validation is None:
             return False
         if self.step >= self.optimizer.steps:
@@ -352,6 +288,7 @@ class Trainer:
         return self.position == 0
 
     def save_due(self) -> bool:
+        """Whether this step is one to save after."""
         return self.step != self.saved_at and self.step % (self.config.save_every or 100) == 0
 
     def validate(self, first: bool = False) -> Iterator[Event]:
@@ -407,6 +344,7 @@ class Trainer:
         self.reported += time.monotonic() - started
 
     def stop_reason(self) -> Reason | None:
+        """Why the run ends before its last step, where a bound that was set is reached."""
         config, counters = self.config, self.counters
         if self.step >= self.optimizer.steps:
             return None
@@ -470,19 +408,3 @@ def train(
         validation=validation, store=store, adapter_writer=adapter_writer, state=state, control=control,
         pace=pace, sampler=sampler, predicted_peak=predicted_peak, memory_limit=memory_limit,
     )  # fmt: skip
-
-
-def evaluate(
-    engine: TrainingEngine, objective: Objective, batches: Batches, stop: Callable[[], bool] = lambda: False
-) -> tuple[float, int] | None:
-    """Mean loss over all batches of epoch 0, and the number of trained tokens in them; None when `stop` says so."""
-    total, weight, tokens = 0.0, 0.0, 0
-    for planned in batches.plan(0):
-        if stop():
-            return None
-        value, count, _ = engine.evaluate(objective, batches.batch(planned))
-        mx.eval(value, count)
-        total += number(value)
-        weight += number(count)
-        tokens += batches.tokens(planned)[0]
-    return total / weight if weight else math.nan, tokens
