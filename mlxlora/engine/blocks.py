@@ -60,7 +60,8 @@ class BlockFunctions:
     def __init__(self, steering: Steering, compiled: bool) -> None:
         self._steering, self.compiled = steering, compiled
         self._traced: dict[Any, Callable[..., Any]] = {}
-        self._needed: dict[Any, list[bool]] = {}
+        self._unread: dict[Any, frozenset[tape.Site]] = {}
+        self._sites: list[tape.Site] = []  # of the tape that was written last
         self._templates: dict[Any, tuple[Block, tape.Products]] = {}
 
     def close(self) -> None:
@@ -116,23 +117,23 @@ class BlockFunctions:
 
     def _forward(self, block: Block, call: Call, layout: Layout, keep: bool) -> Callable[..., Any]:
         block, products = self._template(block)
-        wanted = self._wanted(block, call)
+        unread = self._unread.get((block.structure, call.key()), frozenset())
 
         def forward(
             arrays: list[mx.array], x: mx.array, sides: list[mx.array], segments: list[mx.array], key: list[mx.array]
         ) -> tuple[mx.array, list[mx.array]]:
-            written = tape.Tape()
+            written = tape.Tape(unread=unread, keeps=keep)
             settled = nullcontext() if self.compiled else settling()
             with self._within(block, layout, segments, key), block.slots.holding(arrays), settled:
-                out = _run(block, products, call, x, sides, written if keep else None)
-            results = [result for result in written.results if result is not None]
-            return out, [result for index, result in enumerate(results) if not wanted or wanted[index]]
+                out = _run(block, products, call, x, sides, written)
+            self._sites = written.sites
+            return out, written.results
 
         return forward
 
     def _backward(self, block: Block, call: Call, layout: Layout, further: bool) -> Callable[..., Any]:
         block, products = self._template(block)
-        wanted = self._wanted(block, call)
+        unread = self._unread.get((block.structure, call.key()), frozenset())
         slots = block.slots
 
         def backward(
@@ -147,7 +148,7 @@ class BlockFunctions:
             def again(*primals: mx.array) -> mx.array:
                 hidden, learned = (primals[-1], primals[:-1]) if further else (x, primals)
                 with slots.holding(learned, slots.trainable):
-                    return _run(block, products, call, hidden, sides, tape.Tape(_spread(kept, wanted)))
+                    return _run(block, products, call, hidden, sides, tape.Tape(kept, unread))
 
             primals = [arrays[index] for index in slots.trainable] + ([x] if further else [])
             # the gradients of single products are traced inside of this, when `again` is over
@@ -170,26 +171,22 @@ class BlockFunctions:
             finally:
                 set_block_key(block.module, None)
 
-    def _wanted(self, block: Block, call: Call) -> list[bool]:
-        """Which results on the tape the backward pass reads; empty: all, nothing is known."""
-        return self._needed.get((block.structure, call.key()), [])
-
     def learn_needs(self, block: Block, call: Call, layout: Layout, x: mx.array, sides: Sequence[mx.array]) -> None:
         """Find out, on a small batch, what the products of such a block need.
 
         Which layers share their input, and which products the backward pass never looks at (the last before a
-        residual sum,
-        say): each in turn is replaced by "not a number"; if every gradient stays what it was to the bit, nobody read
-            it.
+        residual sum, say): each in turn is replaced by "not a number"; if every gradient stays what it was to the bit,
+        nobody read it.
         """
         name = (block.structure, call.key())
-        if name in self._needed:
+        if name in self._unread:
             return
-        template, products = self._template(block)
-        if template is block:
-            with products.looking():
-                self.forward(block, call, layout, True, x, sides, None)
+        self._traced.clear()
+        _, products = self._template(block)
+        with products.looking():
+            self.forward(block, call, layout, True, x, sides, None)
         out, kept = self.forward(block, call, layout, True, x, sides, None)
+        sites = self._sites
         slope = mx.random.normal(out.shape, key=mx.random.key(0)).astype(out.dtype)
 
         def gradients(kept: list[mx.array]) -> list[mx.array]:
@@ -197,33 +194,32 @@ class BlockFunctions:
             return [*grads, *([] if last is None else [last])]
 
         expected = gradients(kept)
-        needed = []
-        for index, result in enumerate(kept):
-            spoilt = [*kept[:index], mx.full(result.shape, mx.nan, result.dtype), *kept[index + 1 :]]
+        unread = set(sites)
+        for site in set(sites):
+            spoilt = [
+                mx.full(result.shape, mx.nan, result.dtype) if where == site else result
+                for where, result in zip(sites, kept, strict=True)
+            ]
             found = gradients(spoilt)
-            same = mx.array([mx.array_equal(a, b) for a, b in zip(found, expected, strict=True)]).all().item()
-            needed.append(not same)
-        self._needed[name] = needed
+            if not all(mx.array_equal(a, b).item() for a, b in zip(found, expected, strict=True)):
+                unread.discard(site)
+        self._unread[name] = frozenset(unread)
         self._traced.clear()
 
 
 def _run(
-    block: Block, products: tape.Products, call: Call, x: mx.array, sides: Sequence[mx.array], on: tape.Tape | None
+    block: Block, products: tape.Products, call: Call, x: mx.array, sides: Sequence[mx.array], on: tape.Tape
 ) -> mx.array:
     args, kwargs = call.arguments(x, sides)
-    with products.holding(), tape.on(on or tape.Tape()):
-        out: mx.array = own_call(block.module)(*args, **kwargs)
+    with products.holding(), tape.on(on):
+        out: Any = own_call(block.module)(*args, **kwargs)
+    if not isinstance(out, mx.array):
+        raise TypeError("a block returns more than one array")
     return out
 
 
 def _given(layout: Layout, key: mx.array | None) -> tuple[list[mx.array], list[mx.array]]:
     return ([] if layout.segments is None else [layout.segments]), ([] if key is None else [key])
-
-
-def _spread(kept: Sequence[mx.array], wanted: Sequence[bool]) -> list[mx.array | None]:
-    """The kept results in their places on the tape; None where nobody looks at the value."""
-    rest = iter(kept)
-    return [next(rest) if needed else None for needed in wanted] if wanted else list(kept)
 
 
 def _hashable(value: Any) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.data.sample import Batch
-from mlxlora.engine.anatomy import Anatomy, Reached, relative_error, tolerance
+from mlxlora.engine.anatomy import Anatomy, Reached, tolerance
 from mlxlora.engine.arguments import BatchForm, take_apart
 from mlxlora.engine.blocks import Block, BlockFunctions, Call, Grade
 from mlxlora.engine.dropout import no_dropout_after, set_keys, split_key
@@ -23,8 +23,9 @@ from mlxlora.engine.frozen import FrozenStates
 from mlxlora.engine.general import General, HeadView
 from mlxlora.engine.hold import Hold
 from mlxlora.engine.masks import Layout, Steering
-from mlxlora.engine.scores import Objective, Outcome, Scores
+from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.slots import Slots
+from mlxlora.engine.verify import disagreement, likelihood, small_batch
 
 
 class NotAChain(Exception):
@@ -80,26 +81,19 @@ class Chain:
 
     def verify(self, layout: Layout, grade: Grade) -> None:
         """Compare with the general way on a small batch; raises NotAChain where this model needs that one."""
-        tokens = mx.array([[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5, 8, 9, 7, 9, 3]]) % self._anatomy.vocabulary
-        places, ones = mx.array([2, 3, 6, 12]), mx.ones(4)
-        batch = Batch(tokens, places, tokens.flatten()[places + 1], ones)
+        batch = small_batch(self._anatomy)
         try:
-            self.look(layout, tokens)
-            x, calls = self.start(tokens, layout, None)
+            self.look(layout, batch.tokens)
+            x, calls = self.start(batch.tokens, layout, None)
             for block, (call, sides) in zip(self.blocks, calls, strict=True):
                 self.functions.learn_needs(block, call, layout, x, sides)
-            (found, *_), slopes = self.run(_surprise, batch, layout, None, True, grade)
+            found = self.run(likelihood, batch, layout, None, True, grade)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
             raise NotAChain(f"its blocks cannot be called one by one ({failure})") from failure
         general = General(self._anatomy, self._steering, self._loss_chunk, recompute=False, compiled=False)
-        (expected, *_), wanted = general.run(_surprise, batch, layout, None, True)
-        limit = tolerance(self._anatomy.dtype)
-        largest = max((_largest(grad) for grad in wanted.values()), default=0.0)
-        errors = [relative_error(found, expected)]
-        for path, grad in wanted.items():
-            errors.append(_largest(slopes[path] - grad) / max(_largest(grad), 1e-2 * largest, 1e-30))
-        if not max(errors) <= limit:
-            raise NotAChain(f"block by block, its gradients differ by {max(errors):.1e}")
+        error = disagreement(found, general.run(likelihood, batch, layout, None, True))
+        if not error <= tolerance(self._anatomy.dtype):
+            raise NotAChain(f"block by block, its gradients differ by {error:.1e}")
 
     # ---- the parts -------------------------------------------------------------------------------------------------
 
@@ -336,15 +330,6 @@ class Chain:
 
     def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         return mx.compile(function) if self._compiled else function
-
-
-def _surprise(scores: Scores, batch: Batch) -> Outcome:
-    return -scores.token_log_probs(batch).sum(), batch.weights.sum(), {}
-
-
-def _largest(array: mx.array) -> float:
-    value: Any = mx.max(mx.abs(array.astype(mx.float32)))
-    return float(value.item())
 
 
 def _float(array: mx.array) -> bool:

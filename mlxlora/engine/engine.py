@@ -18,6 +18,7 @@ from mlxlora.engine.masks import Layout, Steering, counting, layout_of
 from mlxlora.engine.packing import packing_refusal
 from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.engine.slots import flat
+from mlxlora.engine.verify import disagreement, likelihood, small_batch
 from mlxlora.errors import UnsupportedError
 
 
@@ -71,9 +72,24 @@ class Engine:
 
     def _whole(self) -> General:
         if self._general is None:
-            recompute, compiled = self.config.checkpoint_blocks != "none", self.config.compiles
+            recompute = self.config.checkpoint_blocks != "none" and self._blocks_recompute()
+            compiled = self.config.compiles
             self._general = General(self._anatomy, self._steering, self.config.loss_chunk, recompute, compiled)
         return self._general
+
+    def _blocks_recompute(self) -> bool:
+        """Whether blocks give in a second run what they gave in the first; the reason goes to the notes if not."""
+        batch, steps = small_batch(self._anatomy), []
+        for recompute in (False, True):
+            way = General(self._anatomy, self._steering, self.config.loss_chunk, recompute, compiled=False)
+            try:
+                steps.append(way.run(likelihood, batch, Layout(self._linear), None, gradients=True))
+            except (ValueError, TypeError, AttributeError, IndexError, KeyError):
+                break
+        if len(steps) == 2 and disagreement(steps[1], steps[0]) <= tolerance(self._anatomy.dtype):
+            return True
+        self.notes.append("everything is kept for the backward pass: its blocks do not give the same when run again")
+        return False
 
     def _grade(self) -> Grade:
         return "inputs" if self.config.checkpoint_blocks == "inputs" else "products"
@@ -86,7 +102,7 @@ class Engine:
             chain = Chain(self._anatomy, self._steering, self.config.loss_chunk, compiled=False)
             chain.verify(Layout(self._linear), self._grade())
         except NotAChain as reason:
-            self.notes.append(f"the step is one graph, and only block inputs are kept: {reason}")
+            self.notes.append(f"the step is computed as one graph: {reason}")
             return None
         chain.compiled = self.config.compiles
         config = self.config

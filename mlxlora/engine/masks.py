@@ -99,7 +99,7 @@ def scaled_dot_product_attention(
         raise ValueError("a mask of the engine was kept beyond its step")
     pattern = Pattern(mask.window, layout.lookback, chunk=layout.chunk)
     tape = current()
-    known = tape.read(2) if tape is not None and tape.reading else [None, None]
+    known = tape.read(ATTENTION, 2) if tape is not None and tape.reading else [None, None]
     out, result = attend(
         queries,
         keys,
@@ -111,7 +111,7 @@ def scaled_dot_product_attention(
         result=None if known[0] is None or known[1] is None else (known[0], known[1]),
     )
     if tape is not None and not tape.reading:
-        tape.write(*result)
+        tape.write(ATTENTION, *result)
     return out
 
 

@@ -9,6 +9,7 @@ computed again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -26,24 +27,42 @@ from mlxlora.engine.slots import Slots
 _SWITCHES = frozenset({"SwitchLinear", "QuantizedSwitchLinear", "MultiLinear", "QuantizedMultiLinear"})
 
 
+Site = tuple[object, int]  # who wrote it, and which of its results it is
+
+
 class Tape:
     """The results of a block's products, in the order of the calls."""
 
-    def __init__(self, results: Sequence[mx.array | None] | None = None) -> None:
-        """Empty, to write on; or with `results`, to read."""
-        self.results: list[mx.array | None] = list(results or [])
+    def __init__(
+        self,
+        results: Sequence[mx.array] | None = None,
+        unread: AbstractSet[Site] = frozenset(),
+        keeps: bool = True,
+    ) -> None:
+        """Empty, to write on; or with `results`, to read. Results of the sites in `unread` are not kept (or none)."""
+        self.results: list[mx.array] = list(results or [])
+        self.sites: list[Site] = []
         self.reading = results is not None
+        self._unread, self._keeps = unread, keeps
         self._next = 0
 
-    def write(self, *results: mx.array) -> None:
+    def write(self, who: object, *results: mx.array) -> None:
         """Keep the results of a call."""
-        self.results += results
+        for number, result in enumerate(results):
+            if self._keeps and (who, number) not in self._unread:
+                self.results.append(result)
+                self.sites.append((who, number))
 
-    def read(self, count: int) -> list[mx.array | None]:
-        """The next results; None for one whose value is of no use: the call is traced, but only its gradient
-        computed."""
-        self._next += count
-        return self.results[self._next - count : self._next]
+    def read(self, who: object, count: int) -> list[mx.array | None]:
+        """The next results; None for one whose value nobody asks for."""
+        found: list[mx.array | None] = []
+        for number in range(count):
+            if (who, number) in self._unread:
+                found.append(None)
+            else:
+                found.append(self.results[self._next])
+                self._next += 1
+        return found
 
 
 _tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
@@ -92,6 +111,7 @@ class Products:
 
     def __init__(self, block: nn.Module) -> None:
         self._modules = products(block)
+        self._numbers = {id(module): number for number, module in enumerate(self._modules)}
         self._slots = {id(module): Slots(module) for module in self._modules}
         self._called: list[tuple[nn.Module, mx.array]] = []
         self._looking = False
@@ -103,7 +123,7 @@ class Products:
         members = [member(module) for module in modules]
         known = [one for one in members if one is not None]
         if len(known) == len(modules):
-            shared = _Shared(Group(known))
+            shared = _Shared(Group(known), self._numbers[id(modules[0])])
             self._group_of |= {id(module): (shared, place) for place, module in enumerate(modules)}
 
     @contextmanager
@@ -138,6 +158,7 @@ class Products:
 
     def _held(self, module: nn.Module) -> Callable[..., Any]:
         inner = own_call(module)
+        place_of_module = self._numbers[id(module)]
         shared, place = self._group_of.get(id(module), (None, 0))
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -149,10 +170,10 @@ class Products:
             if shared is not None and len(args) == 1 and not kwargs:
                 return shared.output(tape, args[0], place)
             if tape.reading:
-                return _replayed(inner, self._slots[id(module)], tape.read(1)[0], args, kwargs)
+                return _replayed(inner, self._slots[id(module)], tape.read(place_of_module, 1)[0], args, kwargs)
             out = inner(*args, **kwargs)
             settle(out)
-            tape.write(out)
+            tape.write(place_of_module, out)
             return out
 
         return call
@@ -161,8 +182,9 @@ class Products:
 class _Shared:
     """A group whose outputs are made when the first of its members is called, and handed to the others."""
 
-    def __init__(self, group: Group) -> None:
-        self._group = group
+    def __init__(self, group: Group, number: int) -> None:
+        """`number` tells the group from others on the tape."""
+        self._group, self._number = group, number
         self._input: mx.array | None = None
         self._outputs: list[mx.array] = []
 
@@ -177,11 +199,11 @@ class _Shared:
     def _all(self, tape: Tape, x: mx.array) -> list[mx.array]:
         if not tape.reading:
             outputs, narrow = self._group.forward(x)
-            tape.write(*outputs, *narrow)
+            tape.write(self._number, *outputs, *narrow)
             return outputs
-        outputs_known = tape.read(len(self._group))
-        narrow_known = tape.read(len(self._group.learned()) // 2)
-        return self._group.replayed(x, outputs_known, [z for z in narrow_known if z is not None])
+        size = len(self._group)
+        known = tape.read(self._number, size + len(self._group.learned()) // 2)
+        return self._group.replayed(x, known[:size], [z for z in known[size:] if z is not None])
 
 
 def _replayed(inner: Callable[..., Any], slots: Slots, result: mx.array | None, args: Any, kwargs: Any) -> mx.array:
