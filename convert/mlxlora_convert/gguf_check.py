@@ -39,7 +39,7 @@ def compare(path: Path, probe: Probe, kind: str) -> ReadBack:
     table = TABLE_BOUND if read_header(path).architecture in GELU else 0.0
     if kind == "f32":
         return probe.compare(READER, theirs, max(BOUNDS[kind], table))
-    likely = ours > LIKELY
+    likely = (ours > LIKELY) | (theirs > LIKELY)
     if kind in BOUNDS:
         return probe.compare(READER, np.where(likely, theirs, ours), max(BOUNDS[kind], table))
     rounded = from_file(path, tokens)
@@ -48,10 +48,14 @@ def compare(path: Path, probe: Probe, kind: str) -> ReadBack:
 
 
 def read(path: Path, tokens: Sequence[int], ours: Floats, adapter: Path | None = None) -> Floats:
-    """llama.cpp's log-probabilities in the shape of `ours`, and `ours` where a token is not among its likeliest."""
+    """llama.cpp's log-probabilities in the shape of `ours`.
+
+    A token that is not among its likeliest is less likely than those: `ours` stands there if that is so for us, too.
+    """
     with LlamaCpp(path, adapter=adapter, context=max(256, len(tokens) + 8)) as reader:
         theirs = reader.log_probs(tokens, ours.shape[-1], min(ours.shape[-1], TOP))
-    return np.where(np.isnan(theirs), ours, theirs)
+    least = np.nanmin(theirs, axis=-1, keepdims=True)
+    return np.where(np.isnan(theirs), np.minimum(ours, least), theirs)
 
 
 def from_file(path: Path, tokens: Sequence[int]) -> Floats:
@@ -59,5 +63,5 @@ def from_file(path: Path, tokens: Sequence[int]) -> Floats:
     from mlxlora_convert.gguf_import import import_gguf
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as folder:
-        import_gguf(path, Path(folder, "model"))
+        import_gguf(path, Path(folder, "model"), dtype="float32")
         return log_probs(load_network(Path(folder, "model"))[0], tokens)
