@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from mlxlora_convert import gguf_check, gguf_tensors
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.probe import ReadBack
-
 from tests import tiny
 
 pytestmark = pytest.mark.parity
@@ -28,9 +28,8 @@ class Given:
 @pytest.mark.parametrize("top", [2000, 20])
 @pytest.mark.parametrize("kind", ["f32", "f16", "q8_0"])
 def test_right_and_wrong_files(tmp_path: Path, kind: Any, top: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlxlora_convert.probe import log_probs
-
     from mlxlora.model import load_network
+    from mlxlora_convert.probe import log_probs
 
     monkeypatch.setattr(gguf_check, "TOP", top)  # as with a vocabulary that is too large to be compared whole
     directory = tiny.model_directory(tmp_path / "model", "llama")
