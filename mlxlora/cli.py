@@ -55,6 +55,9 @@ VERBS: dict[str, Verb] = {
     ),
     "report": Verb("mlxlora.reporting.report:report", "one HTML file about one or several runs", ("runs",)),
     "doctor": Verb("mlxlora.doctor:doctor", "look at this machine: versions, memory, speed, what is missing"),
+    "completion": Verb(
+        "mlxlora.completion:completion", "completion of verbs and flags for bash, zsh or fish", ("shell",)
+    ),
 }
 """In the order in which a person meets them. A verb of two words (`data check`) is found by both."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.files import refuse_existing, write_whole
 from mlxlora.generate import SamplingConfig, complete
+from mlxlora.harness import differences, measure, refuse_missing
 from mlxlora.metrics import Difference, compare_scores, metric
 from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
@@ -48,6 +49,7 @@ class Comparison:
 
     differences: by candidate (`tuned`, or `scale 0.5` and so on), then by metric (`loss` is one of them)
     best:        the candidate that did best: by the first metric that was asked for, else by loss
+    harness:     by task and metric of lm-evaluation-harness: the adapters as given against the base
     """
 
     model: str
@@ -59,6 +61,7 @@ class Comparison:
     verdict: str
     samples: list[Row]
     """rows where base and best answer differently, at most 5"""
+    harness: dict[str, Difference] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows of {self.data}: {self.model} beside {' and '.join(self.adapter)}"]
@@ -74,8 +77,21 @@ class Comparison:
         for row in self.samples:
             lines += ["", f"  {row.origin}: {shortened(row.prompt)}", f"    expected {shortened(row.expected)}"]
             lines += [f"    {name:<8} {shortened(answer)}" for name, answer in row.answers.items()]
-        lines += ["", f"verdict: {self.verdict}"]
+        if self.harness:
+            lines += ["", "general abilities (lm-evaluation-harness):"]
+        for name, found in self.harness.items():
+            lines.append(
+                f"  {name:<26}{found.base:>9.4f}{found.tuned:>9.4f}{found.difference:>+12.4f}"
+                f"   [{found.low:+.4f}, {found.high:+.4f}]   {found.verdict}"
+            )
+        lines += ["", f"verdict: {self.verdict}", "", f"next: {self.next()}"]
         return "\n".join(lines)
+
+    def next(self) -> str:
+        """The command that comes next: fuse what is better, look closer at what is not."""
+        if self.verdict.startswith("better"):
+            return f"mlxlora fuse --model {self.model} --adapter {' '.join(self.adapter)} --out DIR"
+        return f"mlxlora report {' '.join(one.partition('=')[0] for one in self.adapter)}"
 
 
 def shortened(text: str, width: int = 100) -> str:
@@ -93,6 +109,8 @@ def compare(
     samples: SamplesConfig = SamplesConfig(),  # noqa: B008
     sampling: SamplingConfig = SamplingConfig(max_tokens=256),  # noqa: B008
     max_rows: int = 200,
+    harness: list[str] | None = None,
+    harness_limit: int | None = None,
     out: Path | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -110,12 +128,17 @@ def compare(
         samples: how rows become samples
         sampling: how answers are generated
         max_rows: at most this many rows, spread over the data
+        harness: tasks of lm-evaluation-harness to measure too, without and with the adapters: did it forget? Names, or
+            YAML files; data sets come from the hub
+        harness_limit: at most so many questions of each task
         out: write every row with losses, answers and scores there, as JSONL
         revision: branch, tag or commit on the hub
         trust_remote_code: allow the model to run Python code of its own
     """
     wanted = {name: metric(name) for name in metrics or ()}
     factors = check(scales, max_rows, out)
+    if harness:
+        refuse_missing()
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)
     for spec in adapter:
         loaded.adapters.add_spec(spec)
@@ -136,7 +159,21 @@ def compare(
             row.scores[title] = {name: score(row.answers[name], row.expected) for name in candidates}
     if out is not None:
         write_whole(out, "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows))
-    return judge(model, adapter, place, rows, list(candidates)[1:], list(wanted))
+    found = judge(model, adapter, place, rows, list(candidates)[1:], list(wanted))
+    return replace(found, harness=abilities(loaded, harness, harness_limit, on_progress)) if harness else found
+
+
+def abilities(
+    model: LanguageModel, tasks: list[str], limit: int | None, on_progress: Progress | None
+) -> dict[str, Difference]:
+    """Tasks of the harness without and with the adapters at their given scales."""
+    given, scores = dict(model.adapters.scales), []
+    for number, factor in enumerate((0.0, 1.0)):
+        if on_progress is not None:
+            on_progress("lm-evaluation-harness", number, 2)
+        model.adapters.set_scales({name: scale * factor for name, scale in given.items()})
+        scores.append(measure(model, tasks, limit=limit))
+    return differences(*scores)
 
 
 def check(scales: list[float] | None, max_rows: int, out: Path | None) -> list[float]:

@@ -68,7 +68,7 @@ class Conversion:
         lines += [f"mlx-lm against transformers: {self.reference}"] if self.reference else []
         lines += [f"Tokenizer equal to sentencepiece on {self.tokenizer} strings"] if self.tokenizer else []
         lines += [f"Warning: {text}" for text in self.warnings]
-        return "\n".join([*lines, "", f"Next: mlxlora train --model {self.out} --data PATH --out RUN"])
+        return "\n".join([*lines, "", f"next: mlxlora train --model {self.out} --data PATH --out RUN"])
 
 
 def convert(

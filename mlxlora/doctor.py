@@ -23,6 +23,7 @@ EXTRAS = {  # module → (what it is for, how to get it)
     "pyarrow": ("Parquet files", "pip install 'mlxlora[parquet]'"),
     "datasets": ("data sets of the Hugging Face hub", "pip install 'mlxlora[datasets]'"),
     "jsonschema": ("the metric json-schema of `mlxlora compare`", "pip install 'mlxlora[compare]'"),
+    "lm_eval": ("general abilities with compare --harness", "pip install 'mlxlora[harness]'"),
     "torch": ("model weights in .bin files, and reading exports back with transformers", "pip install torch"),
     "peft": ("reading PEFT exports back", "pip install peft"),
     "xllamacpp": ("reading GGUF exports back with llama.cpp", "pip install xllamacpp"),
@@ -65,8 +66,8 @@ class DoctorResult:
         lines += [f"optional  {name} is not installed: {why}" for name, why in self.missing.items()]
         lines += [f"advice    {text}" for text in self.advice]
         if not self.advice:
-            lines.append("Everything that mlxlora needs is here.  Next: mlxlora demo")
-        return "\n".join(lines)
+            lines.append("Everything that mlxlora needs is here.")
+        return "\n".join([*lines, "", "next: mlxlora demo"])
 
 
 def doctor() -> DoctorResult:

@@ -63,7 +63,12 @@ class Evaluation:
         if self.adapted is not None:
             change = self.adapted.loss - self.base.loss
             lines.append(f"  with {' and '.join(self.adapter)}: {self.adapted} ({change:+.4f})")
-        return "\n".join([*lines, *(f"Note: {note}" for note in self.notes)])
+        place = f"--data {self.data}"
+        if self.adapter:
+            after = f"mlxlora compare --model {self.model} --adapter {' '.join(self.adapter)} {place}"
+        else:
+            after = f"mlxlora train --model {self.model} --data PATH --out RUN"
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "", f"next: {after}"])
 
 
 def evaluate(

@@ -65,7 +65,8 @@ def finetune(
         accept_changes: settings that may differ from those that an unfinished run was begun with, such as
             optimizer.learning_rate
         memory_limit: what MLX may take, such as 12GB; default a safe share of what the machine recommends
-        gentle: for a Mac in use: computes half of the time, pauses on battery and in heat, keeps the machine awake
+        gentle: for a Mac in use: computes half of the time and block by block, pauses on battery and in heat, keeps the
+            machine awake
         report_to: trackers: tensorboard, wandb, swanlab, trackio
         revision: branch, tag or commit on the hub
         trust_remote_code: allow the model to run Python code of its own
@@ -129,7 +130,7 @@ def session(
             model.network, optimizer, sft, largest(splits.train, batching, seed=training.seed), training.blocks, limit,
             vocabulary=model.vocabulary, accumulate=training.accumulate,
         )  # fmt: skip
-        engine = Engine(model.network, EngineConfig(checkpoint_blocks=blocks))
+        engine = Engine(model.network, EngineConfig(checkpoint_blocks=blocks, wait=settings["gentle"]))
         state = run.latest()
         run.require_space(starting_state(model, optimizer), keep=training.keep)
         run.write_config(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))

@@ -67,7 +67,7 @@ class FuseResult:
                 lines.append(f"This is more than the bound of {self.max_kl:g}, as accepted.")
         lines.append(f"{files.human_bytes(self.bytes_before)} → {files.human_bytes(self.bytes)}")
         lines += [self.check] if self.check else []
-        return "\n".join([*lines, "", f"Next: mlxlora chat --model {self.out}"])
+        return "\n".join([*lines, "", f"next: mlxlora chat --model {self.out}"])
 
 
 def fuse(

@@ -50,7 +50,7 @@ class MergeResult:
             lost = f"relative error {self.error:.2g} (most in {self.worst}: {self.worst_error:.2g})"
         return (
             f"{self.out}: {self.method} of {names}, {self.modules} modules, rank {self.rank}, {lost}\n\n"
-            f"Next: mlxlora chat --model MODEL --adapter {self.out}"
+            f"next: mlxlora chat --model MODEL --adapter {self.out}"
         )
 
 

@@ -37,6 +37,7 @@ class Plan:
     """
 
     model: str
+    data: list[str]
     machine: str
     limit: int
     rows: int
@@ -79,6 +80,8 @@ class Plan:
                 f"{self.steps:,} steps over {self.tokens:,} tokens: about {clock(self.seconds)} "
                 f"at {self.tokens_per_second:,.0f} tokens a second"
             )
+        if self.chosen is not None:
+            lines += ["", f"next: mlxlora train --model {self.model} --data {' '.join(self.data)} --out RUN"]
         return "\n".join(lines)
 
 
@@ -149,6 +152,7 @@ def plan(
     seconds = None if speed is None or for_ is not None else tokens * padded / speed
     return Plan(
         model=model,
+        data=list(data),
         machine=machine,
         limit=limit,
         rows=shape.rows,

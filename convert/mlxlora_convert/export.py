@@ -204,7 +204,7 @@ class ExportResult:
         lines = [f"{self.out}: {FORMATS[self.format].title}, {len(self.files)} files, {self.bytes / 1e6:.1f} MB"]
         lines += [str(self.check)] if self.check else []
         folder = self.out if FORMATS[self.format].suffix == "" else self.out.parent
-        return "\n".join([*lines, *self.notes, "", f"Next: mlxlora upload {folder} --repo OWNER/NAME"])
+        return "\n".join([*lines, *self.notes, "", f"next: mlxlora upload {folder} --repo OWNER/NAME"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +219,7 @@ class ImportResult:
 
     def __str__(self) -> str:
         head = f"{self.out}: read from {self.source} ({FORMATS[self.format].title})"
-        return "\n".join([head, *self.notes, "", f"Next: {self.next}"])
+        return "\n".join([head, *self.notes, "", f"next: {self.next}"])
 
 
 def export(

@@ -82,7 +82,8 @@ class UploadResult:
         lines += [f"  {one.name}  {files.human_bytes(one.bytes)}" for one in self.files]
         if self.left_out:
             lines.append(f"not sent: {', '.join(self.left_out)}")
-        return "\n".join(lines)
+        after = f"mlxlora generate --help, to try {self.repo}" if self.url else "the same command without --dry_run"
+        return "\n".join([*lines, "", f"next: {after}"])
 
 
 def upload(

@@ -99,7 +99,7 @@ class DataCheck:
         lines += [f"  ! {finding}" for finding in self.findings]
         if self.html:
             lines.append(f"all of it as a page: {self.html}")
-        lines.append(f"train: mlxlora train --model {self.model} --data {' '.join(self.data)} --out RUN")
+        lines += ["", f"next: mlxlora train --model {self.model} --data {' '.join(self.data)} --out RUN"]
         return "\n".join(lines)
 
 

@@ -55,7 +55,7 @@ class DataConversion:
             lines.append(f"{self.coerced:,} messages of unknown roles were given one of {', '.join(ROLES)}")
         if self.dropped:
             lines.append(f"{self.dropped:,} messages of unknown roles were left out")
-        lines.append(f"look at it: mlxlora data check {self.out} --model DIR")
+        lines += ["", f"next: mlxlora data check {self.out} --model DIR"]
         return "\n".join(lines)
 
 

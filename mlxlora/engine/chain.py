@@ -44,6 +44,7 @@ class Chain:
         self._traced: dict[Any, Callable[..., Any]] = {}
         self._calls: dict[Any, list[tuple[Call, list[int]]]] = {}
         self._frozen: FrozenStates | None = None
+        self.send: Callable[..., None] = mx.async_eval  # how a block's work goes to the device; `mx.eval` waits for it
         self.first = next((index for index, block in enumerate(self.blocks) if block.learns), len(self.blocks))
 
     def close(self) -> None:
@@ -276,11 +277,11 @@ class Chain:
                 block, call, layout, keep, x, sides, None if keys is None else keys[index]
             )
             kept.append(products)
-            mx.async_eval(x, *products)
+            self.send(x, *products)
         outcome, slope, outer_grads = self.finish(objective, batch, layout, outer, x, gradients)
         if slope is None:
             return outcome, {}
-        mx.async_eval(outcome[0], outcome[1], slope, *outer_grads)
+        self.send(outcome[0], outcome[1], slope, *outer_grads)
         del x
         grads: dict[str, mx.array] = {}
         for index in reversed(range(self.first if not self._starts_learning else 0, len(self.blocks))):
@@ -297,7 +298,7 @@ class Chain:
             found, slope = self.functions.backward(block, call, layout, given, sides, key_of, products, slope, further)
             del products
             del given
-            mx.async_eval(found, *([] if slope is None else [slope]))
+            self.send(found, *([] if slope is None else [slope]))
             path = self._anatomy.paths[index]
             for at, grad in zip(block.slots.trainable, found, strict=True):
                 grads[f"{path}.{block.slots.paths[at]}"] = grad

@@ -29,6 +29,8 @@ class EngineConfig:
         attention_chunk: queries that attend at a time; 0 chooses by shape
         compile: compile with `mx.compile`; auto does, but not on a CPU, where a compiled graph takes more memory and
             no less time
+        wait: send the device one block at a time and wait for it, so that nothing else that wants the device (a
+            desktop, say) stands behind a whole step; a model whose step is one graph has no such slices
         frozen_cache: gigabytes of outputs of the frozen lower blocks that may be kept, so that later epochs do not
             compute them again; 0 keeps none
         frozen_cache_dir: where to keep them; empty for memory
@@ -39,6 +41,7 @@ class EngineConfig:
     attention: Attention = "auto"
     attention_chunk: int = 0
     compile: Compile = "auto"
+    wait: bool = False
     frozen_cache: float = 0.0
     frozen_cache_dir: str = ""
 

@@ -105,6 +105,8 @@ class Engine:
             self.notes.append(f"the step is computed as one graph: {reason}")
             return None
         chain.compiled = self.config.compiles
+        if self.config.wait:
+            chain.send = mx.eval
         config = self.config
         chain.keep_frozen(config.frozen_cache * 1e9, config.frozen_cache_dir, self._linear, config.attention_chunk)
         return chain

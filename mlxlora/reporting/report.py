@@ -23,7 +23,8 @@ class ReportResult:
     runs: list[Path]
 
     def __str__(self) -> str:
-        return f"wrote {self.report}. Open it in a browser."
+        heldout = f"next: mlxlora compare --model MODEL --adapter {self.runs[0]} --data HELDOUT"
+        return f"wrote {self.report}. Open it in a browser.\n\n{heldout}"
 
 
 @dataclass(frozen=True)

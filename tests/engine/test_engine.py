@@ -10,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlxlora.adapters import AdapterConfig, inject
+from mlxlora.data import Batch
 from mlxlora.engine.config import EngineConfig
 from mlxlora.engine.engine import Engine
 from mlxlora.objectives.sft import sft
@@ -157,3 +158,23 @@ def test_live_adapters_are_each_block_s_own(tmp_path):
     assert not engine.notes
     found, expected = (one.evaluate(sft, batch)[0].item() for one in (engine, plain))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_waiting_for_each_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny.network("llama", num_hidden_layers=3)
+    inject(network, AdapterConfig(rank=2))
+    batch = Batch(mx.array([[3, 4, 5, 6]]), mx.array([0, 1, 2]), mx.array([4, 5, 6]), mx.ones(3))
+    waited: list[int] = []
+    counts = []
+    whole = mx.eval
+    monkeypatch.setattr(mx, "eval", lambda *arrays: (waited.append(len(arrays)), whole(*arrays))[1])
+    found = []
+    for wait in (False, True):
+        engine = Engine(network, EngineConfig(wait=wait))
+        waited.clear()
+        _, _, _, grads = engine.value_and_grad(sft, batch)
+        counts.append(len(waited))
+        found.append(dict(tree_flatten(grads)))
+        engine.close()
+    assert counts[1] >= counts[0] + 2 * 3  # each of three blocks, there and back
+    assert all(mx.array_equal(found[0][name], found[1][name]) for name in found[0])

@@ -1,0 +1,67 @@
+"""Completion: the scripts are valid, and bash offers what the parsers have."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mlxlora.cli import VERBS, main
+from mlxlora.completion import completion, flags_of
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("completion") / "mlxlora.bash"
+    path.write_text(str(completion("bash")))
+    return path
+
+
+def offered(script: Path, *words: str) -> list[str]:
+    line = " ".join(f"'{word}'" for word in ("mlxlora", *words))
+    ask = f'source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _mlxlora; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_the_script_is_valid_and_knows_every_verb(
+    shell: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["completion", shell]) == 0
+    text = capsys.readouterr().out
+    for name in VERBS:
+        assert all(word in text for word in name.split())
+    assert "optimizer.learning_rate" in text and "cosine-restarts" in text
+    program = shutil.which(shell)
+    if program is None:
+        pytest.skip(f"no {shell} here to read it")
+    (tmp_path / "script").write_text(text)
+    subprocess.run([program, "-n", str(tmp_path / "script")], check=True)
+
+
+def test_bash_offers_verbs_flags_and_values(script: Path) -> None:
+    assert offered(script, "co") == ["convert", "compare", "completion"]
+    assert offered(script, "data", "") == ["check", "convert"]
+    assert offered(script, "data", "convert", "--ou") == ["--out"]
+    assert offered(script, "train", "--optimizer.learning") == ["--optimizer.learning_rate"]
+    assert offered(script, "train", "--optimizer.name", "a") == ["adamw", "adam", "adafactor"]
+    assert offered(script, "completion", "") != [] and "--for" in offered(script, "plan", "--f")
+
+
+def test_files_where_nothing_else_is_known(script: Path, tmp_path: Path) -> None:
+    (tmp_path / "my model").mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    assert offered(script, "train", "--data", f"{tmp_path}/ro") == [f"{tmp_path}/rows.jsonl"]
+
+
+def test_flags_are_those_of_the_parser() -> None:
+    names = [flag.name for flag in flags_of("train")]
+    assert {"--model", "--data", "--gentle", "--config", "--json", "--help", "--traceback"} <= set(names)
+    assert "--adapter" not in names and "--adapter.rank" in names and len(names) == len(set(names))
+
+
+def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", "tcsh"]) == 2 and "shell" in capsys.readouterr().err
