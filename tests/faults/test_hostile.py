@@ -10,7 +10,7 @@ import pytest
 from tests.faults.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]
-SHORT = 120
+SHORT = 60
 LONG = 2500  # for each reader: more than 10,000 in all
 
 

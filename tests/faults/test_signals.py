@@ -66,6 +66,8 @@ def test_a_signal_saves_and_says_so(place: Path, number: signal.Signals) -> None
     assert newest(out) == session.steps(out) >= 3, "the checkpoint is that of the last step that was reported"
     assert "stopped and saved; the same command goes on from here" in said and "Traceback" not in said
     whole(out)
+    if number == signal.SIGTERM:  # the short form; going on is what test_kill.py looks at
+        return
     before = session.steps(out)
     assert interrupt(place, out, [number], after=before + 2, options=LONG) == 128 + number
     assert newest(out) == session.steps(out) >= before + 2
