@@ -90,7 +90,7 @@ class Tokenizer:
 
     # -- vocabulary ---------------------------------------------------------------------------------------------------
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
         """One more than the largest token id."""
         return int(max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)) + 1

@@ -33,6 +33,8 @@ class SamplesConfig:
     """chat template instead of the model's own: a known name (chatml, llama3, …) or a Jinja file"""
     prompts: Literal["auto", "chat", "plain"] = "auto"
     """how prompt/completion rows are written: as a chat, as plain text, or (auto) as a chat if there is a template"""
+    preference: Literal["refuse", "chosen"] = "refuse"
+    """rows with a chosen and a rejected ending: refuse them, or learn the chosen one"""
     date: str = "2024-07-26"
     """the date that templates with a date in their system prompt (Llama 3) are told; one date, so that the same data
     gives the same tokens every day"""

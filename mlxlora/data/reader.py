@@ -14,7 +14,7 @@ from mlxlora.data.formats import RowError
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import template_source
 from mlxlora.data.problems import Problems
-from mlxlora.data.records import Completion, Conversation, Document, History, Message, Record, TextRun
+from mlxlora.data.records import Completion, Conversation, Document, History, Message, Preference, Record, TextRun
 from mlxlora.data.sample import Sample
 from mlxlora.data.store import Writer
 from mlxlora.data.template import ChatTemplate
@@ -145,6 +145,8 @@ class Encoder:
 
     def encode(self, records: Sequence[Record]) -> list[list[Encoded]]:
         """The samples of each record."""
+        if self.config.preference == "chosen":
+            records = [record.chosen if isinstance(record, Preference) else record for record in records]
         result: list[list[Encoded]] = [[] for _ in records]
         documents = _those(records, Document)
         for index, group in zip(documents, self.text.encode([records[i].text for i in documents]), strict=True):  # type: ignore[union-attr]
@@ -207,9 +209,10 @@ def _conversation(record: Record) -> Conversation:
     if isinstance(record, Completion):
         asked = [Message("user", record.prompt)] if record.prompt else []
         return Conversation([*asked, Message("assistant", record.completion)])
+    advice = " Or learn the chosen endings with --samples.preference chosen." if isinstance(record, Preference) else ""
     raise UnsupportedError(
         f"these rows are for another objective ({type(record).__name__.lower()} rows); supervised fine-tuning wants "
-        "messages, prompt/completion or text."
+        f"messages, prompt/completion or text.{advice}"
     )
 
 

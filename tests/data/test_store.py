@@ -150,7 +150,7 @@ def test_memory_stays_flat_and_the_second_run_is_fast(
         rows = ({"prompt": f"question {i} of many", "completion": f"the answer is {i}"} for i in range(count))
         path = jsonl(rows, f"{count}.jsonl")
         arguments = [sys.executable, "-c", MEASURE, str(tokenizer.path), str(path), str(cache)]
-        for again in (False, True):
+        for again in (False, True) if count > 10_000 else (False,):
             out = subprocess.run(arguments, capture_output=True, text=True, check=True).stdout.split()
             assert int(out[0]) >= count - 1000
             if again:

@@ -10,7 +10,7 @@ from mlxlora.data.chat import ChatEncoder
 from mlxlora.data.formats import read_messages
 from mlxlora.data.spans import TurnFinder, Unusable
 from mlxlora.data.template import ChatTemplate
-from mlxlora.errors import ConfigError, DataError
+from mlxlora.errors import ConfigError, DataError, UnsupportedError
 from mlxlora.tokenizer import Tokenizer
 
 TALK = [
@@ -80,6 +80,13 @@ def test_masked_reasoning_of_real_templates(family: str) -> None:
         "harmony": "<|channel|>analysis<|message|>why<|end|><|start|>assistant",
     }[family]
     assert learned(tokenizer, rows, template=family) == begin + end
+
+
+def test_the_chosen_ending_can_be_learned(tokenizer: Tokenizer) -> None:
+    pair = {"prompt": "which?", "chosen": "this", "rejected": "that"}
+    with pytest.raises(UnsupportedError, match="--samples.preference chosen"):
+        from_rows([pair], tokenizer)
+    assert learned(tokenizer, [pair], preference="chosen") == "this<|im_end|>"
 
 
 # -- odd templates ----------------------------------------------------------------------------------------------------
