@@ -84,7 +84,7 @@ def test_masked_reasoning_of_real_templates(family: str) -> None:
 
 def test_the_chosen_ending_can_be_learned(tokenizer: Tokenizer) -> None:
     pair = {"prompt": "which?", "chosen": "this", "rejected": "that"}
-    with pytest.raises(UnsupportedError, match="--samples.preference chosen"):
+    with pytest.raises(UnsupportedError, match=r"--samples\.preference chosen"):
         from_rows([pair], tokenizer)
     assert learned(tokenizer, [pair], preference="chosen") == "this<|im_end|>"
 
