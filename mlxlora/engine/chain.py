@@ -9,6 +9,7 @@ and the insides of one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -18,9 +19,11 @@ from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, Reached, tolerance
 from mlxlora.engine.arguments import BatchForm, take_apart
 from mlxlora.engine.blocks import Block, BlockFunctions, Call, Grade
+from mlxlora.engine.device import settling, settling_afterwards
 from mlxlora.engine.dropout import no_dropout_after, set_keys, split_key
 from mlxlora.engine.frozen import FrozenStates
-from mlxlora.engine.general import General, HeadView
+from mlxlora.engine.general import General
+from mlxlora.engine.head import HeadView
 from mlxlora.engine.hold import Hold
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.scores import Objective, Outcome
@@ -212,7 +215,8 @@ class Chain:
                 return sum_, (count, metrics)
 
             learned = [arrays[index] for index in trainable]
-            with self._steering.with_layout(_over(layout, segments)), no_dropout_after(self._anatomy):
+            settled = nullcontext() if self.compiled else settling_afterwards() if gradients else settling()
+            with self._steering.with_layout(_over(layout, segments)), no_dropout_after(self._anatomy), settled:
                 set_keys(self._anatomy, key or None)
                 if not gradients:
                     sum_, (count, metrics) = total(last, learned)

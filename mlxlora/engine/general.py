@@ -7,7 +7,7 @@ positions that carry weight reach it, a chunk at a time; where the blocks could,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -17,72 +17,13 @@ import mlx.nn as nn
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy
 from mlxlora.engine.arguments import BatchForm, put_together, take_apart
+from mlxlora.engine.device import settling, settling_afterwards
 from mlxlora.engine.dropout import no_dropout_after, set_block_key, set_keys, split_key
+from mlxlora.engine.head import HeadView
 from mlxlora.engine.hold import Hold, own_call
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.slots import Slots
-from mlxlora.engine.token_loss import chunk_length, token_log_probs
-
-
-class HiddenScores:
-    """Scores from the hidden states of the positions that count: [P, hidden]."""
-
-    def __init__(
-        self,
-        hidden: mx.array,
-        head: Callable[[mx.array, Sequence[mx.array], int], mx.array],
-        learned: Sequence[mx.array],
-        vocabulary: int,
-        chunk: int,
-        gradients: bool,
-    ) -> None:
-        self._hidden, self._head, self._learned = hidden, head, learned
-        self._vocabulary, self._chunk, self._gradients = vocabulary, chunk, gradients
-
-    def token_log_probs(self, batch: Batch) -> mx.array:
-        chunk = chunk_length(batch.targets.size, self._vocabulary, self._chunk)
-        return token_log_probs(self._hidden, batch.targets, self._head, self._learned, chunk, self._gradients)
-
-
-class HeadView:
-    """The head of a model as a function of hidden states and of the arrays in it that learn."""
-
-    def __init__(self, anatomy: Anatomy, slots: Slots, chunk: int) -> None:
-        """`slots` are those of the whole network or of what lies outside of the blocks."""
-        self._anatomy, self._slots, self._vocabulary, self._chunk = anatomy, slots, anatomy.vocabulary, chunk
-        self._indices = self._used()
-
-    def _used(self) -> list[int]:
-        """Which learned arrays the head reads: put "not a number" into one and see whether it comes out."""
-        if self._anatomy.backbone is None:
-            return []
-        width = self._anatomy.width
-        used = []
-        now = self._slots.get()
-        for index in self._slots.trainable:
-            spoilt = mx.full(now[index].shape, mx.nan, now[index].dtype)
-            with self._slots.holding([spoilt], [index]):
-                out = self._anatomy.logits(mx.ones((1, 1, width), self._anatomy.dtype))
-            if mx.any(mx.isnan(out)).item():
-                used.append(index)
-        return used
-
-    def scores(self, rows: mx.array, gradients: bool, key: mx.array | None) -> HiddenScores:
-        """Scores for the hidden states `rows` [P, hidden], with the arrays that stand in the slots now."""
-        if self._anatomy.backbone is None:  # `rows` are logits
-            return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self._chunk, gradients)
-        arrays = self._slots.get()
-
-        def head(rows: mx.array, learned: Sequence[mx.array], index: int) -> mx.array:
-            # the backward pass calls this when the slots hold other arrays again
-            with self._slots.holding(arrays), self._slots.holding(learned, self._indices if learned else []):
-                if key is not None and learned:  # every chunk its own dropout mask
-                    set_keys(self._anatomy, [mx.random.split(key, index + 2)[index]])
-                return self._anatomy.logits(rows[None])[0]
-
-        learned = [arrays[index] for index in self._indices]
-        return HiddenScores(rows, head, learned, self._vocabulary, self._chunk, gradients)
 
 
 class General:
@@ -124,7 +65,9 @@ class General:
                 return sum_, (count, metrics)
 
             learned = [arrays[index] for index in self._slots.trainable]
-            with self._steering.with_layout(replace(layout, segments=batch.segments)), no_dropout_after(self._anatomy):
+            settled = nullcontext() if self._compiled else settling_afterwards() if gradients else settling()
+            steered = self._steering.with_layout(replace(layout, segments=batch.segments))
+            with steered, no_dropout_after(self._anatomy), settled:
                 if not gradients or not learned:
                     sum_, (count, metrics) = total(learned)
                     return (sum_, count, metrics), []

@@ -10,6 +10,7 @@ model has to.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from mlxlora.engine.device import on_cpu
 from mlxlora.engine.hold import own_class, reads_global, rebound
 from mlxlora.engine.tape import current
 
+GEMMA2 = "mlx_lm.models.gemma2"
 MASK, ATTENTION = "create_attention_mask", "scaled_dot_product_attention"
 
 
@@ -86,18 +88,28 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Ours in place of mlx-lm's function of this name, for a network in hand (see `steering`)."""
-    census = _census.get()
-    if census is not None:
-        census.all += 1
-        census.linear += isinstance(mask, CausalMask)
     if not isinstance(mask, CausalMask):
+        _count(linear=False)
         function = mlxlm.module("models.base").scaled_dot_product_attention
         out: mx.array = function(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
         return out
+    return _attend(queries, keys, values, scale, mask, sinks=sinks)
+
+
+def _attend(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: CausalMask,
+    *,
+    sinks: mx.array | None = None,
+    softcap: float | None = None,
+) -> mx.array:
+    _count(linear=True)
     layout = _layout.get()
     if layout is None or queries.shape[2] != keys.shape[2]:
         raise ValueError("a mask of the engine was kept beyond its step")
-    pattern = Pattern(mask.window, layout.lookback, chunk=layout.chunk)
     tape = current()
     known = tape.read(ATTENTION, 2) if tape is not None and tape.reading else [None, None]
     out, result = attend(
@@ -105,7 +117,7 @@ def scaled_dot_product_attention(
         keys,
         values,
         scale=scale,
-        pattern=pattern,
+        pattern=Pattern(mask.window, layout.lookback, softcap, layout.chunk),
         sinks=sinks,
         segments=layout.segments,
         result=None if known[0] is None or known[1] is None else (known[0], known[1]),
@@ -115,6 +127,51 @@ def scaled_dot_product_attention(
     return out
 
 
+def _count(*, linear: bool) -> None:
+    census = _census.get()
+    if census is not None:
+        census.all += 1
+        census.linear += linear
+
+
+def softcap_attention(
+    queries: mx.array, keys: mx.array, values: mx.array, scale: float, softcap: float, mask: Any
+) -> mx.array:
+    """Ours in place of gear's `_softcap_attention`."""
+    if isinstance(mask, CausalMask):
+        return _attend(queries, keys, values, scale, mask, softcap=softcap)
+    _count(linear=False)
+    out: mx.array = mlxlm.module("models.gear")._softcap_attention(queries, keys, values, scale, softcap, mask)
+    return out
+
+
+def gemma2_attention(self: Any, x: mx.array, mask: Any = None, cache: Any = None) -> mx.array:
+    """Ours in place of the `__call__` of gemma2's attention, which caps its scores by itself."""
+    if not isinstance(mask, CausalMask):
+        _count(linear=False)
+        out: mx.array = mlxlm.module("models.gemma2").Attention.__call__(self, x, mask, cache)
+        return out
+    rows, length, _ = x.shape
+
+    def heads(array: mx.array, count: int) -> mx.array:
+        return array.reshape(rows, length, count, -1).transpose(0, 2, 1, 3)
+
+    queries, keys, values = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+    queries, keys = self.rope(heads(queries, self.n_heads)), self.rope(heads(keys, self.n_kv_heads))
+    found = _attend(
+        queries, keys, heads(values, self.n_kv_heads), self.scale, mask, softcap=self.attn_logit_softcapping
+    )
+    out = self.o_proj(found.transpose(0, 2, 1, 3).reshape(rows, length, -1))
+    return out
+
+
+def capped_mask(h: mx.array, cache: Any = None, window_size: int | None = None, return_array: bool = False) -> Any:
+    """`create_attention_mask` for gemma2, which asks for an array that `gemma2_attention` does not need."""
+    layout = _layout.get()
+    linear = layout is not None and layout.linear and cache is None
+    return create_attention_mask(h, cache, window_size, return_array and not linear)
+
+
 def _ours() -> dict[str, tuple[Any, Callable[..., Any]]]:
     """Name among a module's globals → (mlx-lm's own object of that name, ours)."""
     base = mlxlm.module("models.base")
@@ -122,6 +179,8 @@ def _ours() -> dict[str, tuple[Any, Callable[..., Any]]]:
         MASK: (base.create_attention_mask, create_attention_mask),
         ATTENTION: (base.scaled_dot_product_attention, scaled_dot_product_attention),
     }
+    if "mlx_lm.models.gear" in sys.modules:
+        found["_softcap_attention"] = (mlxlm.module("models.gear")._softcap_attention, softcap_attention)
     if on_cpu():
         found["swiglu"] = (mlxlm.module("models.activations").swiglu, swiglu)
     return found
@@ -136,6 +195,8 @@ def _with_ours(function: Any, depth: int = 2) -> types.FunctionType | None:
         for name, (theirs, ours) in _ours().items()
         if reads_global(function, name) and function.__globals__.get(name) is theirs
     }
+    if MASK in names and function.__module__ == GEMMA2:
+        names[MASK] = capped_mask
     for name in function.__code__.co_names if depth else ():
         helper = function.__globals__.get(name)
         if isinstance(helper, types.FunctionType) and helper.__module__ == function.__module__:
@@ -153,7 +214,9 @@ def _steered_class(original: type[nn.Module]) -> type[nn.Module] | None:
         if cls.__module__.startswith("mlx."):
             continue
         for name, function in vars(cls).items():
-            copy = _with_ours(function)
+            copy: Any = _with_ours(function)
+            if (cls.__module__, cls.__name__, name) == (GEMMA2, "Attention", "__call__"):
+                copy = gemma2_attention
             if copy is not None:
                 methods[name] = copy
             elif name in methods:

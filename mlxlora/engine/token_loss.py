@@ -17,28 +17,31 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxlora.engine.device import power, settle, unit
+
 # (hidden [C, D], learned arrays of the head, number of the chunk) → logits [C, V]
 Head = Callable[[mx.array, Sequence[mx.array], int], mx.array]
 LOGITS_AT_A_TIME = 1 << 23  # floats of one chunk's logits: 32 MiB
 
 
 @mx.custom_function
-def _chosen(logits: mx.array, targets: mx.array) -> mx.array:
-    """log softmax(logits)[targets] in float32, [C]."""
+def _chosen(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """log softmax(logits)[targets] [C]; and exp(logits) below their maximum [C, V], and its sums [C], all float32."""
     wide = logits.astype(mx.float32)
-    picked = mx.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
-    return picked - mx.logsumexp(wide, axis=-1)
+    picked = mx.take_along_axis(wide, targets[:, None], axis=-1)
+    top = wide.max(axis=-1, keepdims=True)
+    powers = power((wide - top) * unit())
+    total = powers.sum(axis=-1)
+    return (picked - top)[:, 0] - mx.log(total), powers, total
 
 
 @_chosen.vjp
-def _chosen_vjp(primals: tuple[mx.array, mx.array], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+def _chosen_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     logits, targets = primals
-    wide = logits.astype(mx.float32)
-    # l_y − log p(y) is the logsumexp that the forward pass found
-    picked = mx.take_along_axis(wide, targets[:, None], axis=-1)[:, 0]
-    chance = mx.exp(wide - (picked - output)[:, None])
+    _, powers, total = outputs
     hit = mx.arange(logits.shape[-1])[None] == targets[:, None]
-    return ((hit.astype(mx.float32) - chance) * cotangent[:, None]).astype(logits.dtype), mx.zeros_like(targets)
+    slope = cotangents[0][:, None]
+    return (mx.where(hit, slope, 0) - powers * (slope / total[:, None])).astype(logits.dtype), mx.zeros_like(targets)
 
 
 def chunk_length(positions: int, vocabulary: int, wanted: int = 0) -> int:
@@ -50,7 +53,7 @@ def chunk_length(positions: int, vocabulary: int, wanted: int = 0) -> int:
     if wanted:
         return min(wanted, positions)
     room = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
-    return max(1, min(positions, room, max(32, -(-positions // 6))))
+    return max(1, min(positions, room, max(32, -(-positions // 7))))
 
 
 def token_log_probs(
@@ -65,8 +68,8 @@ def token_log_probs(
 
     def log_probs(index: int, rows: mx.array, arrays: Sequence[mx.array]) -> mx.array:
         start, end = bounds[index]
-        value: Any = _chosen(head(rows, arrays, index), targets[start:end])
-        out: mx.array = value
+        values: Any = _chosen(head(rows, arrays, index), targets[start:end])
+        out: mx.array = values[0]
         return out
 
     if not gradients:
@@ -108,6 +111,7 @@ def _in_turn(
         if parts:
             rows = mx.depends(rows, parts[-1])
         parts.append(one(index, rows))
+        settle(*parts[-1])
     return [mx.concatenate(list(part)) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
 
 
@@ -140,6 +144,7 @@ def _learning(
             )[1]
             slopes.append(grads[0])
             parts = grads[1:]
+            settle(slopes[-1], *parts)
             totals = [total + part for total, part in zip(totals, parts, strict=True)] if totals else parts
         return (mx.concatenate(slopes), *totals)
 

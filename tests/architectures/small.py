@@ -99,6 +99,12 @@ OWN: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 8, "altup_num_inputs": 2, "altup_coef_clip": 120.0,
         "altup_correct_scale": True, "altup_active_idx": 0, "laurel_rank": 8, "rope_scaling": None,
     }},
+    "deepseek_v2": {"topk_method": "greedy", "scoring_func": "softmax", "rope_scaling": {
+        "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 1.0,
+        "beta_fast": 32, "beta_slow": 1}},
+    "exaone4": {"rope_scaling": None, "sliding_window_pattern": "LG"},
+    "gemma4_text": {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 128,
+                    "global_head_dim": 8, "num_global_key_value_heads": 2},
     "glm4_moe_lite": {"partial_rotary_factor": 1.0},
     "telechat3": {"rope_parameters": None}, "ministral3": {"rope_parameters": {
         "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256,
@@ -108,6 +114,20 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+# models that wrap a text model, and the type of that
+WRAPPED = {
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text", "kimi_vl": "deepseek_v3",
+    "kimi_k25": "deepseek_v3", "mistral3": "ministral3", "pixtral": "llama", "llava": "llama", "qwen2_vl": "qwen2",
+    "qwen2_5_vl": "qwen2", "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe", "qwen3_5": "qwen3_5",
+    "qwen3_5_moe": "qwen3_5_moe", "llama4": "llama4_text", "lfm2-vl": "lfm2", "deepseek_v41": "deepseek_v41_text",
+    "minimax_m3_vl": "minimax", "prism_hadamard_qwen35": "qwen3_5", "muse_glimmer": "muse_spark",
+}  # fmt: skip
+
+
 def config(model_type: str) -> dict[str, Any]:
     """A config.json for a small model of this type."""
-    return {**SMALL, **OWN.get(model_type, {}), "model_type": model_type}
+    made = {**SMALL, **OWN.get(model_type, {}), "model_type": model_type}
+    if model_type in WRAPPED:
+        inner = WRAPPED[model_type]
+        made["text_config"] = {**SMALL, **OWN.get(inner, {}), "model_type": inner}
+    return made

@@ -65,7 +65,10 @@ def examine(model_type: str) -> dict[str, Any]:
 
 
 def _answer(pipe: Connection, model_type: str) -> None:
-    pipe.send(examine(model_type))
+    try:
+        pipe.send(examine(model_type))
+    except RuntimeError as failure:  # an operation that this device lacks
+        pipe.send({"state": "not built", "reason": str(failure).splitlines()[0][:160]})
 
 
 def in_process(model_type: str) -> dict[str, Any]:

@@ -1,0 +1,123 @@
+"""The head of a model as a function of hidden states, for the loss in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlxlora.adapters import weights
+from mlxlora.data.sample import Batch
+from mlxlora.engine.anatomy import Anatomy
+from mlxlora.engine.device import on_cpu
+from mlxlora.engine.dropout import set_keys
+from mlxlora.engine.hold import Hold
+from mlxlora.engine.slots import Slots
+from mlxlora.engine.token_loss import Head, chunk_length, token_log_probs
+
+
+class HiddenScores:
+    """Scores from the hidden states of the positions that count: [P, hidden]."""
+
+    def __init__(
+        self,
+        hidden: mx.array,
+        head: Head,
+        learned: Sequence[mx.array],
+        vocabulary: int,
+        chunk: int,
+        gradients: bool,
+    ) -> None:
+        self._hidden, self._head, self._learned = hidden, head, learned
+        self._vocabulary, self._chunk, self._gradients = vocabulary, chunk, gradients
+
+    def token_log_probs(self, batch: Batch) -> mx.array:
+        """Log-probability of each target: float32 [P], differentiable."""
+        chunk = chunk_length(batch.targets.size, self._vocabulary, self._chunk)
+        return token_log_probs(self._hidden, batch.targets, self._head, self._learned, chunk, self._gradients)
+
+
+class HeadView:
+    """The head of a model as a function of hidden states and of the arrays in it that learn."""
+
+    def __init__(self, anatomy: Anatomy, slots: Slots, chunk: int) -> None:
+        """`slots` are those of the whole network or of what lies outside of the blocks."""
+        self._anatomy, self._slots, self._vocabulary, self._chunk = anatomy, slots, anatomy.vocabulary, chunk
+        self._indices = self._used()
+        inside = {id(module) for block in anatomy.blocks for _, module in block.named_modules()}
+        outside = [module for _, module in anatomy.network.named_modules() if id(module) not in inside]
+        self._slow = [module for module in outside if _is_slow(module)]
+
+    def _used(self) -> list[int]:
+        """Which learned arrays the head reads: put "not a number" into one and see whether it comes out."""
+        if self._anatomy.backbone is None:
+            return []
+        used = []
+        now = self._slots.get()
+        for index in self._slots.trainable:
+            spoilt = mx.full(now[index].shape, mx.nan, now[index].dtype)
+            with self._slots.holding([spoilt], [index]):
+                out = self._anatomy.logits(mx.ones((1, 1, self._anatomy.width), self._anatomy.dtype))
+            if mx.any(mx.isnan(out)).item():
+                used.append(index)
+        return used
+
+    def scores(self, rows: mx.array, gradients: bool, key: mx.array | None) -> HiddenScores:
+        """Scores for the hidden states `rows` [P, hidden], with the arrays that stand in the slots now."""
+        if self._anatomy.backbone is None:  # `rows` are logits
+            return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self._chunk, gradients)
+        arrays = self._slots.get()
+        unpacked = [_dense(module) for module in self._slow]
+
+        def head(rows: mx.array, learned: Sequence[mx.array], index: int) -> mx.array:
+            # the backward pass calls this when the slots hold other arrays again
+            with self._slots.holding(arrays), self._slots.holding(learned, self._indices if learned else []):
+                if key is not None and learned:  # every chunk its own dropout mask
+                    set_keys(self._anatomy, [mx.random.split(key, index + 2)[index]])
+                with _unpacked(self._slow, unpacked):
+                    return self._anatomy.logits(rows[None])[0]
+
+        learned = [arrays[index] for index in self._indices]
+        return HiddenScores(rows, head, learned, self._vocabulary, self._chunk, gradients)
+
+
+def _is_slow(module: nn.Module) -> bool:
+    """Whether products with this layer's frozen weight are not BLAS calls as it is kept (see `device.py`)."""
+    if not on_cpu() or not (weights.is_linear(module) or weights.is_embedding(module)):
+        return False
+    return ("scales" in module or module["weight"].dtype != mx.float32) and not module.trainable_parameters()
+
+
+def _dense(module: nn.Module) -> mx.array:
+    weight = weights.dense(module) if "scales" in module else module["weight"]
+    return weight.astype(mx.float32)
+
+
+@contextmanager
+def _unpacked(modules: Sequence[nn.Module], dense: Sequence[mx.array]) -> Iterator[None]:
+    """The products of `modules` with their weights in float32, for as long as the block runs."""
+    hold, tables = Hold(), []
+    for module, weight in zip(modules, dense, strict=True):
+        product = _product(module, weight)
+        if weights.is_embedding(module):
+            tables.append(module)
+            object.__setattr__(module, "as_linear", product)
+        else:
+            hold.on(module, product)
+    try:
+        with hold:
+            yield
+    finally:
+        for module in tables:
+            object.__delattr__(module, "as_linear")
+
+
+def _product(module: nn.Module, weight: mx.array) -> Callable[..., Any]:
+    def product(x: mx.array) -> mx.array:
+        out = x.astype(mx.float32) @ weight.T
+        return out + module["bias"].astype(mx.float32) if "bias" in module else out
+
+    return product
