@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(words: list[str]) -> int:
+    """Run the verb that `words` name, or tell the verbs or the version. Returns the exit code; lets errors pass."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if words else 2
@@ -106,6 +107,7 @@ def run(words: list[str]) -> int:
 
 
 def overview() -> str:
+    """What `mlxlora --help` prints."""
     width = max(len(name) for name in VERBS)
     lines = [f"  {name:<{width}}  {verb.about}" for name, verb in VERBS.items()]
     return "\n".join(
@@ -122,6 +124,7 @@ def overview() -> str:
 
 
 def find_verb(words: list[str]) -> tuple[str, list[str]]:
+    """(verb, the words after it). Raises ConfigError where there is none of that name."""
     for count in (2, 1):
         name = " ".join(words[:count])
         if name in VERBS:
@@ -135,6 +138,7 @@ def find_verb(words: list[str]) -> tuple[str, list[str]]:
 
 
 def build_parser(name: str, verb: Verb, function: Callable[..., Any]) -> ArgumentParser:
+    """The flags of a verb, from its function's signature and docstring."""
     import inspect
 
     from jsonargparse import ArgumentParser, set_parsing_settings
@@ -207,6 +211,7 @@ def kind_of(action: Any) -> str:
 
 
 def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
+    """The arguments of the function. Raises ConfigError for anything that the parser does not take."""
     from argparse import ArgumentError
 
     known = [flag.lstrip("-") for flag in parser._option_string_actions if not flag.endswith("+")]
@@ -265,6 +270,7 @@ def explain(message: str, known: list[str]) -> str:
 
 
 def execute(function: Callable[..., Any], arguments: dict[str, Any], as_json: bool) -> int:
+    """Call the function with a console and, where it can be stopped, with signals; print what it returns."""
     import inspect
 
     from mlxlora.reporting.console import Console

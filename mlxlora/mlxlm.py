@@ -200,14 +200,6 @@ def sanitized(network: nn.Module, weights: dict[str, mx.array]) -> dict[str, mx.
         return cast(dict[str, mx.array], inner(dict(weights)))
 
 
-def backbone_layers(network: nn.Module) -> Sequence[nn.Module]:
-    """The blocks of a network, first to last."""
-    layers = getattr(network, "layers", None)
-    if layers is None:
-        raise UnsupportedError(f"{type(network).__module__} does not say which blocks it is made of.")
-    return cast(Sequence[nn.Module], layers)
-
-
 def switch_layers() -> ModuleType:
     """mlx-lm's expert layers: `SwitchLinear`, `QuantizedSwitchLinear` and what uses them."""
     return module("models.switch_layers")

@@ -14,8 +14,6 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-Container = dict[str, Any] | list[Any]
-
 
 def flat(tree: Any) -> dict[str, mx.array]:
     """The arrays of a tree of parameters by their paths, in its order."""
