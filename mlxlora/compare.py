@@ -95,6 +95,7 @@ class Comparison:
 
 
 def shortened(text: str, width: int = 100) -> str:
+    """A text on one line, its middle left out where it is long."""
     text = " ".join(text.split())
     return text if len(text) <= width else f"{text[: width // 3]} … {text[-(width - width // 3 - 3) :]}"
 
@@ -177,6 +178,7 @@ def abilities(
 
 
 def check(scales: list[float] | None, max_rows: int, out: Path | None) -> list[float]:
+    """The scales to compare, each once. Raises ConfigError for options that cannot be right."""
     if max_rows < 2:
         raise ConfigError(f"max_rows is {max_rows}, but must be 2 or more: one row says nothing of chance.")
     factors = list(dict.fromkeys(scales or [1.0]))
@@ -190,6 +192,7 @@ def check(scales: list[float] | None, max_rows: int, out: Path | None) -> list[f
 def held_out(
     model: LanguageModel, data: Path, samples: SamplesConfig, on_progress: Progress | None
 ) -> tuple[Dataset, str]:
+    """(rows to compare on, where they come from): the first of test, validation and training that has two."""
     whole = replace(samples, validation_split=0.0, packing=False)
     splits = load_data(data, model.tokenizer, whole, vocabulary_size=model.vocabulary, on_progress=on_progress)
     for name, part in (("test", splits.test), ("valid", splits.valid), ("train", splits.train)):
@@ -199,6 +202,7 @@ def held_out(
 
 
 def blank(model: LanguageModel, dataset: Dataset, index: int) -> Row:
+    """The row of one sample, with nothing measured yet."""
     sample = dataset[index]
     prompt, expected = sample_prompt(model.tokenizer, sample)
     return Row(dataset.origin(index), prompt.text, expected, int((sample.weights > 0).sum()), {}, {}, {})
@@ -240,6 +244,7 @@ def answer_rows(
     sampling: SamplingConfig,
     on_progress: Progress | None,
 ) -> None:
+    """Let the model answer every row; the answers are kept in the rows, under `name`."""
     for number, (index, row) in enumerate(zip(chosen, rows, strict=True), 1):
         prompt, _ = sample_prompt(model.tokenizer, dataset[index])
         row.answers[name] = complete(model, prompt, sampling).text.strip()

@@ -36,6 +36,7 @@ NUMBER = re.compile(r"[-+]?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def collapse(text: str) -> str:
+    """The text with every run of white space as one space."""
     return " ".join(text.split())
 
 
@@ -91,6 +92,7 @@ def regex(argument: str) -> Score:
 
 
 def last_number(text: str) -> float | None:
+    """The last number of a text, commas for thousands left out; None where there is none."""
     found = NUMBER.findall(text)
     try:
         return float(found[-1].replace(",", "")) if found else None

@@ -19,6 +19,7 @@ def record(event: Event) -> dict[str, Any]:
 
 
 def finite(value: Any) -> Any:
+    """The value, or None for a float that is infinite or no number."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -39,6 +39,7 @@ def render(template: str, charts: Sequence[dict[str, Any]], **values: Any) -> st
 
 
 def thinned(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """At most `POINTS` of the points, evenly chosen, the first and the last among them."""
     if len(points) <= POINTS:
         return points
     return [points[round(index * (len(points) - 1) / (POINTS - 1))] for index in range(POINTS)]

@@ -90,6 +90,7 @@ def page(runs: Sequence[Run]) -> str:
 
 
 def subtitle(runs: Sequence[Run]) -> str:
+    """Which models the runs began with."""
     models = sorted({str(run.config.get("model", "?")) for run in runs})
     return f"fine-tuned with mlxlora on {', '.join(models)}"
 
@@ -116,6 +117,7 @@ def describe(run: Run) -> dict[str, Any]:
 
 
 def cards(run: Run) -> list[dict[str, str]]:
+    """The few numbers that a run comes to."""
     step, finished = run.last("step"), run.last("finished")
     validations = run.of("validation")
     made = []
@@ -143,6 +145,7 @@ def cards(run: Run) -> list[dict[str, str]]:
 
 
 def losses(runs: Sequence[Run]) -> dict[str, Any]:
+    """The chart of training and validation loss."""
     curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]] = []
     for number, run in enumerate(runs):
         many = len(runs) > 1
@@ -179,6 +182,7 @@ def of_steps(title: str, field: str, **options: Any) -> Callable[[Sequence[Run]]
 
 
 def lengths(runs: Sequence[Run]) -> dict[str, Any]:
+    """The chart of how long the samples are."""
     curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]] = []
     width = 0.0
     for number, run in enumerate(runs):
@@ -204,6 +208,7 @@ CHARTS: list[Callable[[Sequence[Run]], dict[str, Any]]] = [
 
 
 def facts(run: Run) -> dict[str, Any]:
+    """What a run learned from and on what, by name."""
     data, started = run.last("data"), run.last("started")
     found: dict[str, Any] = {"model": run.config.get("model"), "data": ", ".join(run.config.get("data") or [])}
     if data:
@@ -222,11 +227,13 @@ def facts(run: Run) -> dict[str, Any]:
 
 
 def rows(tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tables side by side: a row for each name, a cell for each table."""
     names = list(dict.fromkeys(name for table in tables for name in table))
     return [{"name": name, "cells": [table.get(name, "") for table in tables]} for name in names]
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of options by dotted names."""
     if isinstance(tree, dict) and tree:
         return {key: value for name, part in tree.items() for key, value in flat(part, f"{prefix}{name}.").items()}
     return {prefix[:-1]: "default" if tree is None else tree}

@@ -29,6 +29,7 @@ def search_page(
 
 
 def said(loss: float | None) -> str:
+    """A loss as the table of trials says it."""
     return "not tried" if loss is None else "blew up" if math.isinf(loss) else f"{loss:.4f}"
 
 

@@ -73,6 +73,7 @@ TRACKERS: dict[str, Maker] = {
 
 
 def load(module: str, package: str) -> Any:
+    """Import a tracker's module. Raises ConfigError that names its extra where it is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -82,6 +82,7 @@ class Watch:
             self.pass_on(one)
 
     def pass_on(self, event: Event) -> None:
+        """Hand one event to everybody who listens."""
         if not isinstance(event, Checkpoint):
             append(self.run.metrics_path, event)
         if isinstance(event, Finished):
@@ -94,6 +95,7 @@ class Watch:
             self.on_event(event)
 
     def result(self, model: str) -> FinetuneResult:
+        """What the run came to, once it has ended; a run that is not merely stopped is marked as finished."""
         run, finished = self.run, self.finished
         assert finished is not None
         result = FinetuneResult(
