@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from mlxlora.harness import differences, measure, refuse_missing
 from mlxlora.metrics import Difference, compare_scores, metric
 from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
+from mlxlora.progress import Progress
 from mlxlora.prompts import sample_prompt
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

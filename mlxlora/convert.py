@@ -16,10 +16,10 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlxlora import architecture, files, hub, mlxlm, probe, sentencepiece_model, torch_weights, weights
 from mlxlora import model as models
 from mlxlora.errors import ConfigError, ModelError
+from mlxlora.progress import Progress
 from mlxlora.quantize import Kept, QuantizeConfig, dequantize, quantize
 
 Dtype = Literal["float16", "bfloat16", "float32"]
-Progress = Callable[[str, int, int], None]
 # further apart than this from its source, or from transformers, an unquantized model is another one (nats a token)
 LARGEST_KL = 0.02
 REFERENCE_BYTES = 4 << 30  # transformers is asked only about models up to this size

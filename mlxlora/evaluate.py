@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,9 +15,9 @@ from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
+from mlxlora.progress import Progress
 
 Split = Literal["auto", "train", "valid", "test"]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from mlxlora.generate import SamplingConfig, complete
 from mlxlora.memory import limit_of, limited
 from mlxlora.model import LanguageModel, load, load_tokenizer
 from mlxlora.objectives.sft import sft
+from mlxlora.progress import Progress
 from mlxlora.prompts import sample_prompt
 from mlxlora.reporting import trackers
 from mlxlora.reporting.watch import FinetuneResult, Watch, describe, left_out
@@ -52,7 +53,7 @@ def finetune(
     revision: str | None = None,
     trust_remote_code: bool = False,
     on_event: Callable[[Event], None] | None = None,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
     control: Control | None = None,
 ) -> FinetuneResult:
     """Fine-tune a model on your data; the same call again goes on with an unfinished run.

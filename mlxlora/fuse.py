@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,7 @@ from mlxlora.errors import ConfigError, InputError, MlxLoraError
 from mlxlora.fusing import writing
 from mlxlora.fusing.divergence import find_probe
 from mlxlora.fusing.forms import Tried, automatic_forms, choose, forced_forms, quantization_entries
-
-Progress = Callable[[str, int, int], None]
+from mlxlora.progress import Progress
 
 
 @dataclass(frozen=True)

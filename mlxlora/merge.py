@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,9 +15,9 @@ import numpy.typing as npt
 from mlxlora import files
 from mlxlora.adapters.files import Adapter, Module, parse_spec, read_adapter, save_adapter
 from mlxlora.errors import AdapterError, ConfigError, Problem, UnsupportedError
+from mlxlora.progress import Progress
 
 Method = Literal["sum", "ties", "dare"]
-Progress = Callable[[str, int, int], None]
 Array = npt.NDArray[np.float32]
 EXTRA = 8  # directions more than asked for, and rounds of refinement, in the search for the largest ones
 ROUNDS = 4

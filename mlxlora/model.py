@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 from mlxlora import architecture, checkpoint_names, files, hub, mlxlm, sentencepiece_model, weights
 from mlxlora.adapters import Adapters
 from mlxlora.errors import ModelError, Problem
+from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 
 # copied beside the weights of every model that is written: all but weights and what is rewritten
@@ -164,7 +165,7 @@ def save(
     model: LanguageModel,
     out: Path,
     *,
-    on_progress: weights.Progress | None = None,
+    on_progress: Progress | None = None,
 ) -> Path:
     """Write a model directory that mlxlora and stock mlx-lm load: weights in shards, config.json, tokenizer.
 
@@ -181,7 +182,7 @@ def write_directory(
     config: dict[str, Any],
     *,
     source: Path,
-    on_progress: weights.Progress | None = None,
+    on_progress: Progress | None = None,
 ) -> None:
     """Fill `directory` with a model: the network's weights, `config`, and the tokenizer files of `source`."""
     tensors: dict[str, mx.array] = dict(tree_flatten(network.parameters()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from mlxlora import hub
@@ -17,6 +16,7 @@ from mlxlora.files import human_bytes
 from mlxlora.memory import limit_of
 from mlxlora.model import load
 from mlxlora.objectives.sft import sft
+from mlxlora.progress import Progress
 from mlxlora.reporting.clock import clock
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.forecast import GRADES, Forecast, advice, arrays, forecast, largest
@@ -97,7 +97,7 @@ def plan(
     for_: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> Plan:
     """Predict what `train` with the same options would need: memory, time, and what fits.
 

@@ -5,7 +5,6 @@ A `.bin` file is a pickle: opened by anything but `torch.load(weights_only=True)
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ import numpy as np
 
 from mlxlora import weights
 from mlxlora.errors import ModelError, UnsupportedError
+from mlxlora.progress import Progress
 
 PATTERNS = ("pytorch_model*.bin", "model*.bin")
-Progress = Callable[[str, int, int], None]
 
 
 def find(directory: Path) -> list[Path]:

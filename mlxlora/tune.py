@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from mlxlora.files import plain, read_json, write_json, write_whole
 from mlxlora.finetune import finetune
 from mlxlora.model import load_tokenizer
 from mlxlora.plan import plan
+from mlxlora.progress import Progress
 from mlxlora.reporting.jsonl import read
 from mlxlora.reporting.page import smooth
 from mlxlora.reporting.search import search_page
@@ -39,7 +40,6 @@ from mlxlora.training.events import Control, Event, Step
 from mlxlora.training.identity import identify
 from mlxlora.training.optimizer import OptimizerConfig
 
-Progress = Callable[[str, int, int], None]
 BELOW_THE_BOTTOM = 10.0  # the rate to try is so many times below the one at which the loss was lowest
 
 

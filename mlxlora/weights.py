@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,10 @@ import mlx.core as mx
 
 from mlxlora import files
 from mlxlora.errors import InputError, ModelError, Problem
+from mlxlora.progress import Progress
 
 SHARD_BYTES = 2 << 30  # a shard is what a conversion holds in memory at once
 _SAMPLES, _SAMPLE_BYTES = 256, 4096
-Progress = Callable[[str, int, int], None]
 
 
 def weight_files(directory: Path) -> list[Path]:

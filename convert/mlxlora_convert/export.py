@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeVar
 
 from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
 from mlxlora.files import new_directory, refuse_existing, sync
+from mlxlora.progress import Progress
 from mlxlora_convert.gguf_options import GGUFImportOptions, GGUFOptions
 from mlxlora_convert.hf_options import HuggingFaceOptions
 from mlxlora_convert.lmstudio_options import LMStudioOptions
@@ -31,7 +32,6 @@ from mlxlora_convert.ollama_options import OllamaOptions
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
 
-Progress = Callable[[str, int, int], None]
 Options = TypeVar("Options")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from mlxlora import architecture, hub
 from mlxlora.files import new_file
 from mlxlora.model import load_network, write_directory
+from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 from mlxlora_convert import gguf_rope
 from mlxlora_convert.export import ExportJob
@@ -30,7 +31,6 @@ from mlxlora_convert.huggingface import folded
 from mlxlora_convert.probe import Probe, ReadBack
 from mlxlora_convert.weight_rows import Numbers, model_weights
 
-Progress = Callable[[str, int, int], None]
 # llama.cpp's number for "mostly of this type", which it shows and does not need
 FILE_TYPES = {
     "f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "bf16": 32, "mxfp4": 38

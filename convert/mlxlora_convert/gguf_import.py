@@ -18,6 +18,7 @@ from mlxlora.architecture import spelled_both_ways
 from mlxlora.errors import FormatError, ModelError, Problem
 from mlxlora.files import new_directory, write_json
 from mlxlora.model import load_network
+from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 from mlxlora_convert.export import ImportJob
 from mlxlora_convert.gguf_architectures import Family
@@ -31,7 +32,6 @@ from mlxlora_convert.gguf_tokenizer import write_tokenizer
 from mlxlora_convert.safetensors_write import Entry, write_shards
 from mlxlora_convert.weight_rows import Weight, pack
 
-Progress = Callable[[str, int, int], None]
 TAGS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 LARGEST = {"float32": float(np.finfo(np.float32).max), "float16": 65504.0, "bfloat16": 3.38e38}
 BESIDE = (FACTORS, LONG, SHORT)  # rotary factors: they went into config.json

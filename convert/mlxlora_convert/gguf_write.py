@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mlxlora.progress import Progress
 from mlxlora_convert.gguf_header import ALIGNMENT
 from mlxlora_convert.gguf_metadata import Values
 from mlxlora_convert.gguf_tensors import Planned, block_size, encoded, ggml_type
 from mlxlora_convert.gguf_tokens import Vocabulary
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlxlora.files import write_json
+from mlxlora.progress import Progress
 
 SHARD_BYTES = 4 << 30
 SIZES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

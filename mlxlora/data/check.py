@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from mlxlora.data.show import Shown, for_page, for_terminal, shown
 from mlxlora.data.spans import Unusable
 from mlxlora.files import write_whole
 from mlxlora.model import load_tokenizer
+from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 
 LOOKED_AT = 50  # conversations on which the template's treatment of history is tried
@@ -114,7 +115,7 @@ def check(
     html: Path | None = None,
     seed: int = 0,
     trust_remote_code: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> DataCheck:
     """Look at a data set as training will see it: counts, lengths, every token with its loss, and warnings.
 
@@ -223,7 +224,7 @@ class _Looker:
         self.encoder = Encoder(tokenizer, config)
         self._tried = 0
 
-    def look(self, data: list[str], on_progress: Callable[[str, int, int], None] | None) -> None:
+    def look(self, data: list[str], on_progress: Progress | None) -> None:
         """Rows of all splits; validation rows are compared with training rows."""
         places = find(data)
         if self.config.validation is not None:

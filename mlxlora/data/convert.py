@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -19,6 +19,7 @@ from mlxlora.data.reader import FormatReader
 from mlxlora.data.records import ROLES, Completion, Conversation, Message, Question, Record
 from mlxlora.errors import InputError
 from mlxlora.files import sync
+from mlxlora.progress import Progress
 
 Form = Literal["messages", "sharegpt"]
 Roles = Literal["strict", "coerce", "drop"]
@@ -67,7 +68,7 @@ def convert(
     roles: Roles = "strict",
     columns: dict[str, str] | None = None,
     overwrite: bool = False,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> DataConversion:
     """Write a data set in one format, whatever it is in.
 

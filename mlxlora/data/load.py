@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,8 @@ from mlxlora.data.records import Completion, Conversation, Document, History, Me
 from mlxlora.data.split import split_validation
 from mlxlora.data.store import Store, Writer, key_of
 from mlxlora.errors import DataError
+from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
-
-Progress = Callable[[str, int, int], None]
 
 ELSEWHERE = ("validation", "validation_split", "validation_rows", "packing", "allow_unusable", "cache", "template")
 """Options that do not change how a row becomes a sample (the template's source stands in the key itself)."""

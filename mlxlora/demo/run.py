@@ -21,12 +21,12 @@ from mlxlora import files
 from mlxlora.demo.questions import Question, held_out_questions, training_questions
 from mlxlora.demo.score import is_right, run_query
 from mlxlora.errors import ConfigError, InputError
+from mlxlora.progress import Progress
 
 if TYPE_CHECKING:
     from mlxlora.model import LanguageModel
     from mlxlora.training.events import Event
 
-Progress = Callable[[str, int, int], None]
 
 MARKER = "demo.json"  # what tells a folder of an earlier demo, which may be replaced, from a folder of somebody's own
 RANK, LEARNING_RATE, BATCH_SIZE = 16, 3e-3, 8

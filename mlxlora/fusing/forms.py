@@ -19,8 +19,8 @@ from mlxlora.errors import ConfigError
 from mlxlora.fusing.divergence import measure
 from mlxlora.fusing.inputs import moments
 from mlxlora.fusing.rounding import pack_with_care
+from mlxlora.progress import Progress
 
-Progress = Callable[[str, int, int], None]
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits that MLX's affine mode has
 
 
