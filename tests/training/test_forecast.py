@@ -94,7 +94,7 @@ def test_fewer_blocks_kept_less_memory_and_settle_chooses() -> None:
 
     assert choose(10**10) == "products" and choose(products.peak * 2) == "products" and choose(between) == "inputs"
     with pytest.raises(UnsupportedError, match=r"will not fit.*tokens_per_batch|max_length"):
-        choose(inputs.peak * 2 // 3)
+        choose(inputs.resident + inputs.step * 3 // 4)
     with pytest.raises(UnsupportedError, match="The model alone takes"):
         choose(inputs.resident // 2)
 
