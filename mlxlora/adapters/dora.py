@@ -15,11 +15,11 @@ import mlx.nn as nn
 
 from mlxlora.adapters import weights
 from mlxlora.adapters.config import LayerConfig
-from mlxlora.adapters.lora import LoRAEmbedding, LoRALinear
+from mlxlora.adapters.lora import LoRA, LoRAEmbedding, LoRALinear
 
 
-class DoRALinear(LoRALinear):
-    """DoRA on `nn.Linear` and `nn.QuantizedLinear`. `m` is float32 [out]."""
+class DoRA(LoRA):
+    """What the kinds of DoRA share: a magnitude `m` for each row, float32, that starts as the row's own length."""
 
     learned = ("lora_a", "lora_b", "m")
     m: mx.array
@@ -28,15 +28,19 @@ class DoRALinear(LoRALinear):
         super().__init__(layer, config)
         _hold_squares(self)
 
-    def start(self, key: mx.array) -> None:
-        super().start(key)
-        self.m = mx.sqrt(self._squares)
-
     def adapted(self) -> mx.array:
         return _restored(self.m, super().adapted())
 
     def changes(self) -> bool:
         return super().changes() or not mx.array_equal(self.m, mx.sqrt(self._squares)).item()
+
+
+class DoRALinear(DoRA, LoRALinear):
+    """DoRA on `nn.Linear` and `nn.QuantizedLinear`. `m` is float32 [out]."""
+
+    def start(self, key: mx.array) -> None:
+        LoRALinear.start(self, key)
+        self.m = mx.sqrt(self._squares)
 
     def magnitude(self) -> mx.array:
         """m / ‖V‖: what each row is multiplied with, float32 [out]."""
@@ -56,25 +60,12 @@ class DoRALinear(LoRALinear):
         return y + self.linear["bias"] if "bias" in self.linear else y
 
 
-class DoRAEmbedding(LoRAEmbedding):
+class DoRAEmbedding(DoRA, LoRAEmbedding):
     """DoRA on a table of embeddings (and the head tied to it): a magnitude for each token, `m` float32 [V]."""
 
-    learned = ("lora_a", "lora_b", "m")
-    m: mx.array
-
-    def __init__(self, layer: nn.Module, config: LayerConfig) -> None:
-        super().__init__(layer, config)
-        _hold_squares(self)
-
     def start(self, key: mx.array) -> None:
-        super().start(key)
+        LoRAEmbedding.start(self, key)
         self.m = mx.sqrt(self._squares)
-
-    def adapted(self) -> mx.array:
-        return _restored(self.m, super().adapted())
-
-    def changes(self) -> bool:
-        return super().changes() or not mx.array_equal(self.m, mx.sqrt(self._squares)).item()
 
     def magnitude(self) -> mx.array:
         """m / ‖V‖: what each row is multiplied with, float32 [V]."""
