@@ -82,6 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
+    except OSError as error:  # a path that cannot be read or written: say which, and what the system says
+        if debug:
+            traceback.print_exc()
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"error: {where}{error.strerror or error}. Choose another path, or check its permissions.", file=sys.stderr
+        )
+        return 1
 
 
 def run(words: list[str]) -> int:
@@ -246,13 +254,15 @@ def readable(text: str) -> str:
 
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", lambda match: match[1].lower(), text)
     text = re.sub(r"Optional\[([^\n]*?)\](?=[,)])", r"\1 | null", text)
-    return re.sub(r"Literal\[([^\]]*)\]", lambda match: match[1].replace("'", "").replace(", ", " | "), text)
+    return re.sub(r"Literal\[([^\]]*)\]", lambda match: re.sub(r",(\s)", r" |\1", match[1].replace("'", "")), text)
 
 
 def explain(message: str, known: list[str]) -> str:
     """jsonargparse's message, with the nearest known option beside an unknown one."""
     import re
 
+    if match := re.match(r"unrecognized arguments: ([^-].*)", message):
+        return f"unexpected: {match[1]}. Values stand after their --option; quote one that holds spaces."
     if match := re.match(r"unrecognized arguments: (?:--)?([\w.+-]+)", message):
         name = match[1]
         return f"unknown option --{name}.{nearest(name, known)}"
