@@ -76,6 +76,7 @@ def choices_of(action: Any) -> tuple[str, ...]:
 
 
 def words(values: Any) -> str:
+    """Values as one quoted word of the shell, spaces between them."""
     return shlex.quote(" ".join(values))
 
 
@@ -102,10 +103,12 @@ def cases(verbs: dict[str, list[Flag]]) -> str:
 
 
 def first_words(verbs: dict[str, list[Flag]]) -> list[str]:
+    """What can stand first, each once."""
     return list(dict.fromkeys(name.partition(" ")[0] for name in verbs))
 
 
 def seconds(verbs: dict[str, list[Flag]]) -> str:
+    """The second words of verbs that have two, as a `case` on the first."""
     lines = [f"    {shlex.quote(first)}) second={words(names)} ;;" for first, names in branches(verbs).items()]
     return "\n".join(['  case "$verb" in', *lines, "  esac"])
 

@@ -80,6 +80,7 @@ class Reader:
 
 
 def main() -> None:
+    """Answer requests, one JSON object a line, until standard input ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # llama.cpp prints to standard output too
 
