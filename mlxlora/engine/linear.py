@@ -139,9 +139,9 @@ class Group:
         factors = [a.astype(flat.dtype) for a in learned[::2]]
         narrow, grads_b = [], []
         for index, z, b in zip(self._adapted, zs, learned[1::2], strict=True):
-            scaled = self._lora(index).scale * slopes[index]
-            narrow.append(scaled @ b.astype(flat.dtype).T)
-            grads_b.append((z.T @ scaled).astype(b.dtype))
+            scale, slope = self._lora(index).scale, slopes[index]
+            narrow.append(slope @ (scale * b.astype(flat.dtype)).T)
+            grads_b.append(((scale * z).T @ slope).astype(b.dtype))
         total: mx.array | None = None
         grads_a: list[mx.array] = []
         if factors and self._drops():

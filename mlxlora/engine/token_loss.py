@@ -24,13 +24,22 @@ Head = Callable[[mx.array, Sequence[mx.array], int], mx.array]
 LOGITS_AT_A_TIME = 1 << 23  # floats of one chunk's logits: 32 MiB
 
 
+@mx.compile
+def _powers(logits: mx.array, top: mx.array) -> mx.array:
+    return power((logits.astype(mx.float32) - top) * unit())
+
+
+@mx.compile
+def _slope(powers: mx.array, targets: mx.array, token: mx.array, share: mx.array, slope: mx.array) -> mx.array:
+    return mx.where(token == targets, slope, 0) - powers * share
+
+
 @mx.custom_function
 def _chosen(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """log softmax(logits)[targets] [C]; and exp(logits) below their maximum [C, V], and its sums [C], all float32."""
-    wide = logits.astype(mx.float32)
-    picked = mx.take_along_axis(wide, targets[:, None], axis=-1)
-    top = wide.max(axis=-1, keepdims=True)
-    powers = power((wide - top) * unit())
+    picked = mx.take_along_axis(logits, targets[:, None], axis=-1).astype(mx.float32)
+    top = logits.max(axis=-1, keepdims=True).astype(mx.float32)
+    powers = _powers(logits, top)
     total = powers.sum(axis=-1)
     return (picked - top)[:, 0] - mx.log(total), powers, total
 
@@ -39,9 +48,10 @@ def _chosen(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx
 def _chosen_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     logits, targets = primals
     _, powers, total = outputs
-    hit = mx.arange(logits.shape[-1])[None] == targets[:, None]
     slope = cotangents[0][:, None]
-    return (mx.where(hit, slope, 0) - powers * (slope / total[:, None])).astype(logits.dtype), mx.zeros_like(targets)
+    tokens = mx.arange(logits.shape[-1])[None]
+    by_logits = _slope(powers, targets[:, None], tokens, slope / total[:, None], slope)
+    return by_logits.astype(logits.dtype), mx.zeros_like(targets)
 
 
 def chunk_length(positions: int, vocabulary: int, wanted: int = 0) -> int:
@@ -53,7 +63,7 @@ def chunk_length(positions: int, vocabulary: int, wanted: int = 0) -> int:
     if wanted:
         return min(wanted, positions)
     room = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
-    return max(1, min(positions, room, max(32, -(-positions // 7))))
+    return max(1, min(positions, room, max(24, -(-positions // 9))))
 
 
 def token_log_probs(

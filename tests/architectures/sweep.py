@@ -45,7 +45,10 @@ def examine(model_type: str) -> dict[str, Any]:
         return {"state": "not built", "reason": lines[0][:160]}
     reference.awaken(network)
     batch = reference.padded(reference.samples([19, 12], 100))
-    value, _, grads = reference.step(network, batch)
+    try:
+        value, _, grads = reference.step(network, batch)
+    except ValueError as failure:
+        return {"state": "not trainable", "reason": f"mlx-lm's model has no gradient: {str(failure)[:120]}"}
     engine = Engine(network, EngineConfig())
     total, _, _, slopes = engine.value_and_grad(sft, batch)
     loss_error = abs(total.item() - value.item()) / abs(value.item())

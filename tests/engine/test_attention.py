@@ -1,0 +1,72 @@
+"""Attention in linear memory against the plain formula, for every kind that the models use."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxlora.engine.attention import Pattern, attend
+from mlxlora.engine.masks import layout_of
+
+HEADS, GROUPS, LENGTH = 4, 2, 70
+SEGMENTS = mx.array([[0] * 20 + [1] * 30 + [2] * 15 + [-1] * 5, [0] * 40 + [1] * 30])
+
+
+def plain(
+    q: mx.array, k: mx.array, v: mx.array, sinks: Any, window: int | None, softcap: float | None, segments: Any
+) -> mx.array:
+    k, v = mx.repeat(k, HEADS // GROUPS, 1), mx.repeat(v, HEADS // GROUPS, 1)
+    scores = (q * 0.3) @ k.swapaxes(-1, -2)
+    if softcap:
+        scores = mx.tanh(scores / softcap) * softcap
+    row, column = mx.arange(LENGTH)[:, None], mx.arange(LENGTH)[None]
+    seen = (row >= column) & (row < column + (window or LENGTH))
+    if segments is not None:
+        seen = seen & (segments[:, None, :, None] == segments[:, None, None, :])
+    scores = mx.where(seen, scores, -mx.inf)
+    if sinks is None:
+        return mx.softmax(scores, axis=-1) @ v
+    extra = mx.broadcast_to(sinks[None, :, None, None], (*scores.shape[:-1], 1))
+    return mx.softmax(mx.concatenate([extra, scores], axis=-1), axis=-1)[..., 1:] @ v
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "sink", "packed"),
+    itertools.product([None, 13], [None, 2.0], [False, True], [False, True]),
+)
+def test_values_and_gradients(window: int | None, softcap: float | None, sink: bool, packed: bool) -> None:
+    keys = mx.random.split(mx.random.key(0), 5)
+    q = mx.random.normal((2, HEADS, LENGTH, 8), key=keys[0])
+    k = mx.random.normal((2, GROUPS, LENGTH, 8), key=keys[1])
+    v = mx.random.normal((2, GROUPS, LENGTH, 6), key=keys[2])
+    slope = mx.random.normal((2, HEADS, LENGTH, 6), key=keys[3])
+    sinks = [mx.random.normal((HEADS,), key=keys[4])] if sink else []
+    segments = SEGMENTS if packed else None
+    lookback = layout_of(segments, linear=True, chunk=0).lookback
+
+    def wanted(q: mx.array, k: mx.array, v: mx.array, sinks: Any = None) -> mx.array:
+        return (plain(q, k, v, sinks, window, softcap, segments) * slope).sum()
+
+    expected = mx.value_and_grad(wanted, argnums=tuple(range(3 + sink)))(q, k, v, *sinks)
+    for chunk in (16, 0, LENGTH):
+
+        def ours(q: mx.array, k: mx.array, v: mx.array, sinks: Any = None, chunk: int = chunk) -> mx.array:
+            pattern = Pattern(window, lookback, softcap, chunk)
+            return (attend(q, k, v, scale=0.3, pattern=pattern, sinks=sinks, segments=segments)[0] * slope).sum()
+
+        found = mx.value_and_grad(ours, argnums=tuple(range(3 + sink)))(q, k, v, *sinks)
+        assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5, abs=1e-4)
+        for a, b in zip(found[1], expected[1], strict=True):
+            assert mx.abs(a - b).max().item() < 2e-5
+
+
+def test_half_precision_stays_near() -> None:
+    q = mx.random.normal((1, HEADS, LENGTH, 8), key=mx.random.key(1))
+    k = mx.random.normal((1, GROUPS, LENGTH, 8), key=mx.random.key(2))
+    exact = attend(q, k, k, scale=0.3, pattern=Pattern())[0]
+    half = attend(*(array.astype(mx.bfloat16) for array in (q, k, k)), scale=0.3, pattern=Pattern())[0]
+    assert half.dtype == mx.bfloat16
+    assert mx.abs(half.astype(mx.float32) - exact).max().item() < 0.05

@@ -1,0 +1,58 @@
+"""Log-probabilities in chunks against full logits: values, gradients by token, frozen and learning heads, memory."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import pytest
+
+from mlxlora.engine.device import settling_afterwards
+from mlxlora.engine.token_loss import chunk_length, token_log_probs
+
+V, D, P = 100, 16, 37
+
+
+def head(rows: mx.array, weight: mx.array) -> mx.array:
+    return mx.tanh(rows @ weight.T / 3) * 3  # a soft-cap, as gemma has it
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 37])
+@pytest.mark.parametrize("learns", [False, True])
+def test_against_full_logits(chunk: int, learns: bool) -> None:
+    keys = mx.random.split(mx.random.key(0), 4)
+    weight, hidden = mx.random.normal((V, D), key=keys[0]), mx.random.normal((P, D), key=keys[1])
+    targets, slope = mx.random.randint(0, V, (P,), key=keys[2]), mx.random.normal((P,), key=keys[3])
+
+    def plain(hidden: mx.array, weight: mx.array) -> mx.array:
+        logits = head(hidden, weight)
+        picked = mx.take_along_axis(logits, targets[:, None], -1)[:, 0]
+        return ((picked - mx.logsumexp(logits, -1)) * slope).sum()
+
+    def ours(hidden: mx.array, weight: mx.array) -> mx.array:
+        view = (lambda rows, learned, _: head(rows, learned[0])) if learns else (lambda rows, *_: head(rows, weight))
+        found = token_log_probs(hidden, targets, view, [weight] if learns else [], chunk)
+        return (found * slope).sum()
+
+    wanted = (0, 1) if learns else (0,)
+    expected = mx.value_and_grad(plain, argnums=wanted)(hidden, weight)
+    found = mx.value_and_grad(ours, argnums=wanted)(hidden, weight)
+    assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5)
+    for a, b in zip(found[1], expected[1], strict=True):
+        assert mx.abs(a - b).max().item() < 1e-5
+
+
+@pytest.mark.parametrize("vocabulary", [20_000, 262_144])
+def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int) -> None:
+    positions = 256 if vocabulary < 100_000 else 224
+    weight, hidden = mx.random.normal((vocabulary, 8)), mx.random.normal((positions, 8))
+    targets = mx.random.randint(0, vocabulary, (positions,))
+    mx.eval(weight, hidden, targets)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    chunk = chunk_length(positions, vocabulary)
+    with settling_afterwards():
+        found = mx.value_and_grad(
+            lambda hidden: token_log_probs(hidden, targets, lambda rows, *_: rows @ weight.T, [], chunk).sum()
+        )(hidden)
+    mx.eval(found)
+    assert (mx.get_peak_memory() - before) / (positions * vocabulary) <= 2.0
