@@ -205,9 +205,13 @@ def normalise(parser: ArgumentParser, verb: Verb, words: list[str]) -> list[str]
             lists.setdefault(flag, []).extend(values)
         elif kind == "<class 'bool'>" and not equals and (index == len(words) or words[index].startswith("--")):
             result.append(f"{flag}=true")
+        elif "Path" in kind and (value if equals else "".join(words[index : index + 1])) == "":
+            raise ConfigError(f"{flag} is empty. Give a path.")
         else:
             result.append(flag + equals + value)
     for flag, values in lists.items():
+        if "" in values:  # as of an unset variable of the shell; as a path it would mean the current directory
+            raise ConfigError(f"{flag} is empty. Give a value.")
         alone = len(values) == 1 and (values[0].startswith("[") or "[str]" not in kind_of(actions[flag]))
         result.append(f"{flag}={values[0] if alone else json.dumps(values)}")
     return result
@@ -272,9 +276,17 @@ def explain(message: str, known: list[str]) -> str:
     if match := re.search(r"(?:Key|Option) '(\S+)' is not (?:expected|accepted)", message):
         return f"unknown option {match[1]}.{nearest(match[1], known)}"
     if match := re.match(r"the following arguments are required: (.*)", message):
-        return "missing: " + ", ".join(f"--{name.strip()}" for name in match[1].split(","))
+        return "missing: " + ", ".join(
+            f"--{name}" if name in known else name.upper() for name in match[1].replace(",", " ").split()
+        )
     if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.S):
         what = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[2]).replace("typing.", "")
+        inner = re.search(r'Parser key "(\w+)"', what)  # the field of a group that may also be left out
+        name = f"{match[1]}.{inner[1]}" if inner else match[1]
+        choices = re.search(r"Expected a Literal\[(.*?)\]", what)
+        given = re.search(r"Got value: (\S+)|Given value: (\S+)", what)
+        if choices and given:
+            return f"--{name} is {given[1] or given[2]}, but must be one of {choices[1].replace(chr(39), '')}."
         return f"--{match[1]}: " + " ".join(what.split())
     return message
 

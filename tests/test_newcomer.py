@@ -27,3 +27,20 @@ def test_a_stray_word_is_not_called_an_option(capsys: pytest.CaptureFixture[str]
 def test_choices_are_written_alike_where_lines_wrap() -> None:
     text = cli.readable("(type: Literal['one', 'two',\n    'three'], default: one)")
     assert text == "(type: one | two |\n    three, default: one)"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("eval --model m --data d --split foo", "--split is foo, but must be one of auto, train, valid, test."),
+        ("convert --model m --out q --dtype int8", "--dtype is int8, but must be one of float16, bfloat16, float32."),
+        ("export --model m --out e.gguf --to gguf --gguf.type q99", "--gguf.type is q99, but must be one of f32"),
+        ("data check", "missing: DATA, --model"),
+        ("train --model m --data d --out=", "--out is empty"),
+        ("train --model m --out o --data=", "--data is empty"),
+    ],
+)
+def test_messages_name_the_option_and_the_choices(capsys: pytest.CaptureFixture[str], line: str, expected: str) -> None:
+    assert cli.main(line.split()) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1 and expected in shown and "Union" not in shown
