@@ -85,7 +85,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:  # a path that cannot be read or written: say which, and what the system says
         if debug:
             traceback.print_exc()
-        where = f"{error.filename}: " if error.filename else ""
+        path = error.filename2 or error.filename  # of a failed rename the target, not our scratch file
+        where = f"{path}: " if path else ""
         print(
             f"error: {where}{error.strerror or error}. Choose another path, or check its permissions.", file=sys.stderr
         )
@@ -94,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(words: list[str]) -> int:
     """Run the verb that `words` name, or tell the verbs or the version. Returns the exit code; lets errors pass."""
+    if len(words) > 1 and words[0] == "help":  # `help train` is `train --help`
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(overview())
         return 0 if words else 2

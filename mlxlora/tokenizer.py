@@ -82,6 +82,8 @@ class Tokenizer:
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic in Rust
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if Path(path).is_dir() and not [*Path(path).glob("config.json"), *Path(path).glob("tokenizer*")]:
+                reason = "there is no config.json, so this is no model directory."
             raise ModelError(
                 f"{path}: the tokenizer cannot be loaded: {reason} "
                 "A model directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json."

@@ -7,6 +7,12 @@ from pathlib import Path
 import pytest
 
 from mlxlora import cli
+from mlxlora.files import write_whole
+
+
+def put(out: Path) -> None:
+    """Write a file where a directory may stand."""
+    write_whole(out, "x")
 
 
 def test_a_target_below_a_file_is_one_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -44,3 +50,26 @@ def test_messages_name_the_option_and_the_choices(capsys: pytest.CaptureFixture[
     assert cli.main(line.split()) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1 and expected in shown and "Union" not in shown
+
+
+def test_help_of_a_verb_in_either_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help", "fuse"]) == 0
+    assert "usage: mlxlora fuse" in capsys.readouterr().out
+
+
+def test_the_target_is_named_and_not_the_scratch_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cli.VERBS, "put", cli.Verb("tests.test_newcomer:put", "write a file"))
+        assert cli.main(["put", "--out", str(tmp_path / "folder")]) == 1
+    shown = capsys.readouterr().err
+    assert f"{tmp_path / 'folder'}" in shown and "Traceback" not in shown
+    assert not list((tmp_path / "folder").iterdir()) and len(list(tmp_path.iterdir())) == 1
+
+
+def test_an_empty_directory_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["data", "check", str(rows), "--model", str(tmp_path / "empty")]) == 2
+    assert "there is no config.json" in capsys.readouterr().err
