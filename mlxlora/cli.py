@@ -264,6 +264,16 @@ def readable(text: str) -> str:
     return re.sub(r"Literal\[([^\]]*)\]", lambda match: re.sub(r",(\s)", r" |\1", match[1].replace("'", "")), text)
 
 
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list such as [1, 2]",
+    "List": "a list such as [1, 2]",
+    "tuple": "a list such as [0.9, 0.99]",
+}
+
+
 def explain(message: str, known: list[str]) -> str:
     """jsonargparse's message, with the nearest known option beside an unknown one."""
     import re
@@ -286,10 +296,14 @@ def explain(message: str, known: list[str]) -> str:
         what = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[2]).replace("typing.", "")
         inner = re.search(r'Parser key "(\w+)"', what)  # the field of a group that may also be left out
         name = f"{match[1]}.{inner[1]}" if inner else match[1]
-        choices = re.search(r"Expected a Literal\[(.*?)\]", what)
         given = re.search(r"Got value: (\S+)|Given value: (\S+)", what)
-        if choices and given:
-            return f"--{name} is {given[1] or given[2]}, but must be one of {choices[1].replace(chr(39), '')}."
+        kinds = {
+            f"one of {choices.replace(chr(39), '')}" if kind == "Literal" else KINDS.get(kind, kind)
+            for kind, choices in re.findall(r"Expected an? (\w+)(?:\[(.*?)\])?", what)
+            if kind != "NoneType"
+        }
+        if given and kinds and ("Literal" in what or "Union" in what):
+            return f"--{name} is {given[1] or given[2]}, but must be {' or '.join(sorted(kinds))}."
         return f"--{match[1]}: " + " ".join(what.split())
     return message
 

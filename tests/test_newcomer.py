@@ -41,6 +41,8 @@ def test_choices_are_written_alike_where_lines_wrap() -> None:
         ("eval --model m --data d --split foo", "--split is foo, but must be one of auto, train, valid, test."),
         ("convert --model m --out q --dtype int8", "--dtype is int8, but must be one of float16, bfloat16, float32."),
         ("export --model m --out e.gguf --to gguf --gguf.type q99", "--gguf.type is q99, but must be one of f32"),
+        ("train --model m --data d --out o --adapter.layers foo", "a whole number or one of all"),
+        ("train --model m --data d --out o --optimizer.betas 0.9", "but must be a list such as [0.9, 0.99]."),
         ("data check", "missing: DATA, --model"),
         ("train --model m --data d --out=", "--out is empty"),
         ("train --model m --out o --data=", "--data is empty"),
