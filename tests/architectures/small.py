@@ -114,6 +114,26 @@ OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+BY_KIND = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
+OWN |= {
+    "glm4_moe": {"rope_scaling": None}, "step3p5": {"moe_top_k": 2, "share_expert_dim": 32, "moe_num_experts": 4},
+    "hunyuan": {"rope_scaling": {"type": "dynamic", "alpha": 1.0, "factor": 1.0}},
+    "lille-130m": {"n_embd": 256}, "mellum": {"rope_parameters": BY_KIND},
+    "spark2_5": {"rope_parameters": BY_KIND, "hidden_act": "gelu"},
+    "minicpm3": {"rope_scaling": {"type": "longrope", "short_factor": 1.0, "long_factor": 1.0,
+                                  "original_max_position_embeddings": 256}},
+    "mistral4": {"rope_parameters": {
+        "rope_theta": 1e4, "llama_4_scaling_beta": 0.1, "original_max_position_embeddings": 256, "type": "yarn",
+        "rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1}},
+    "olmo_hybrid": {"linear_allow_neg_eigval": True,
+                    "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)},
+    "plamo": {"n_shared_head": 2}, "qwen": {"kv_channels": 8},
+    "nemotron-nas": {"block_configs": [{
+        "attention": {"no_op": False, "replace_with_linear": False, "n_heads_in_group": 2},
+        "ffn": {"no_op": False, "replace_with_linear": False, "ffn_mult": 2.0}}] * LAYERS},
+}  # fmt: skip
+OWN["llama4_text"] |= {"attention_chunk_size": 8, "rope_scaling": None, "num_experts_per_tok": 1}
+
 # models that wrap a text model, and the type of that
 WRAPPED = {
     "gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text", "kimi_vl": "deepseek_v3",
