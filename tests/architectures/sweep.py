@@ -103,7 +103,7 @@ def table(found: dict[str, dict[str, Any]]) -> str:
     lines = [
         "# Architectures",
         "",
-        "Written by `python -m tests.architectures.sweep`: a LoRA step on a small model of every architecture of mlx-lm,",
+        "Written by `python -m tests.architectures.sweep`: a step on a small model of every architecture of mlx-lm,",
         "held against the plain computation (full logits, one graph). Loss within 1e-5, gradients within 1e-3 of it.",
         "",
         "- **head**: only tokens that carry weight reach it, a chunk at a time",
