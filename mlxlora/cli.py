@@ -164,14 +164,17 @@ def build_parser(name: str, verb: Verb, function: Callable[..., Any]) -> Argumen
     parser.add_argument("--config", action="config", help="a YAML file with the same tree of options")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     if verb.positional:
+        import docstring_parser  # what jsonargparse reads the other helps with
+
+        about = {each.arg_name: each.description for each in docstring_parser.parse(function.__doc__ or "").params}
         hints = inspect.get_annotations(function, eval_str=True)
         for parameter in verb.positional:
             many = "list" in str(hints[parameter])
             kind = hints[parameter]
             if many:
-                parser.add_argument(parameter, type=str, nargs="+")
+                parser.add_argument(parameter, type=str, nargs="+", help=about.get(parameter))
             else:
-                parser.add_argument(parameter, type=kind)
+                parser.add_argument(parameter, type=kind, help=about.get(parameter))
     parser.add_function_arguments(function, skip={*supplied, *verb.positional}, fail_untyped=True)
     return parser
 

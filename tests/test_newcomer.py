@@ -75,3 +75,8 @@ def test_an_empty_directory_is_no_model(capsys: pytest.CaptureFixture[str], tmp_
     (tmp_path / "empty").mkdir()
     assert cli.main(["data", "check", str(rows), "--model", str(tmp_path / "empty")]) == 2
     assert "there is no config.json" in capsys.readouterr().err
+
+
+def test_a_value_without_a_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "--help"]) == 0
+    assert "run directories" in capsys.readouterr().out
