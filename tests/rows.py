@@ -56,7 +56,7 @@ def train(
 ) -> tuple[list[float], dict[str, mx.array]]:
     """Run the training loop; returns the loss of every step and the final trainable parameters."""
     config = TrainingConfig(**training)
-    made = Engine(network, engine or EngineConfig(compile=False))
+    made = Engine(network, engine or EngineConfig(compile="never"))
     steps = config.steps or 1
     trainer = Trainer(network, made, sft, rows, Optimizer(optimizer, steps), config)
     losses = [event.loss for event in trainer if isinstance(event, Step)]

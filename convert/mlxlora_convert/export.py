@@ -246,7 +246,7 @@ def export(
 
     Args:
         model: the base model: a directory or hub id
-        to: the format: peft, mlx-lm, gguf-lora (adapters), mlx, hf, gguf (models)
+        to: the format: peft, mlx-lm, gguf-lora (adapters), mlx, hf, gguf, ollama, lmstudio (models)
         out: the directory or file to write; must not exist
         adapter: adapters to export, or to fold into the model: `PATH` or `PATH=SCALE`; a run directory will do
         any_base: take adapters that were made for another model of the same shapes, such as a quantized form of it

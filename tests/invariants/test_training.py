@@ -74,7 +74,7 @@ def test_what_is_kept_of_a_block_changes_nothing(family: str, dropout: float) ->
     batch = reference.padded(reference.samples([23, 40, 9], tiny.VOCABULARY))
     found = {}
     for grade in ("none", "products", "inputs"):
-        engine = Engine(adapted(family, dropout=dropout), EngineConfig(checkpoint_blocks=grade, compile=False))  # type: ignore[arg-type]
+        engine = Engine(adapted(family, dropout=dropout), EngineConfig(checkpoint_blocks=grade, compile="never"))  # type: ignore[arg-type]
         total, _, _, gradients = engine.value_and_grad(sft, batch, mx.random.key(5))
         mx.eval(total, gradients)
         found[grade] = total.item(), gradients
@@ -83,7 +83,7 @@ def test_what_is_kept_of_a_block_changes_nothing(family: str, dropout: float) ->
         assert found[grade][0] == pytest.approx(found["none"][0], rel=1e-6)
         assert reference.gradient_error(found[grade][1], found["none"][1]) < 1e-6
     if dropout:
-        engine = Engine(adapted(family, dropout=dropout), EngineConfig(checkpoint_blocks="none", compile=False))
+        engine = Engine(adapted(family, dropout=dropout), EngineConfig(checkpoint_blocks="none", compile="never"))
         assert engine.value_and_grad(sft, batch, mx.random.key(6))[0].item() != found["none"][0]
 
 

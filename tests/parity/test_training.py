@@ -89,7 +89,7 @@ def test_gradients(family: str, kind: str, tmp_path: Path) -> None:
     pair = Pair(family, kind, tmp_path)
     total, weight = pair.torch_loss(SAMPLES)
     total.backward()
-    engine = Engine(pair.network, EngineConfig(compile=False))
+    engine = Engine(pair.network, EngineConfig(compile="never"))
     ours, count, _, grads = engine.value_and_grad(sft, reference.padded(SAMPLES, pad_positions=3))
     assert count.item() == pytest.approx(weight)
     assert ours.item() / weight == pytest.approx(total.item() / weight, rel=1e-6)
