@@ -131,7 +131,15 @@ def session(
             model.network, optimizer, sft, largest(splits.train, batching, seed=training.seed), training.blocks, limit,
             vocabulary=model.vocabulary, accumulate=training.accumulate,
         )  # fmt: skip
-        engine = Engine(model.network, EngineConfig(checkpoint_blocks=blocks, wait=settings["gentle"]))
+        # what frozen lower blocks make of a text is kept (on disk) where it will be needed again
+        again = training.epochs is None or training.epochs > 1
+        engine = Engine(
+            model.network,
+            EngineConfig(
+                checkpoint_blocks=blocks, wait=settings["gentle"], frozen_cache=8.0 if again else 0.0,
+                frozen_cache_dir=str(run.path),
+            ),
+        )  # fmt: skip
         state = run.latest()
         run.require_space(starting_state(model, optimizer), keep=training.keep)
         run.write_config(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
