@@ -20,7 +20,8 @@ from mlxlora import mlxlm
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.objectives.sft import sft
-from mlxlora.training.forecast import Shape, arrays, forecast, synthetic
+from mlxlora.parameters import flat
+from mlxlora.training.forecast import Shape, forecast, synthetic
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 
 VOCABULARY = 8_192
@@ -56,7 +57,7 @@ def predicted_and_measured(family: str, adapter: str, bits: int | None, grade: A
     model = network(family, bits)
     inject(model, AdapterConfig(type="full") if adapter == "full" else AdapterConfig(rank=16))
     optimizer = Optimizer(OptimizerConfig(), 10)
-    optimizer.init(arrays(model.trainable_parameters()))
+    optimizer.init(flat(model.trainable_parameters()))
     config, shape = EngineConfig(checkpoint_blocks=grade), Shape(1, length, 0.5)
     predicted = forecast(model, config, optimizer, sft, shape, vocabulary=VOCABULARY).peak
     batch = synthetic(1, length, 0.5, VOCABULARY)
@@ -65,11 +66,11 @@ def predicted_and_measured(family: str, adapter: str, bits: int | None, grade: A
     mx.reset_peak_memory()
     for step in range(2):
         total, count, _, gradients = engine.value_and_grad(sft, batch, mx.random.key(step))
-        flat = arrays(gradients)
+        summed = flat(gradients)
         del gradients
-        mx.async_eval(flat, total, count)
-        parameters, norm, _ = optimizer.update(arrays(model.trainable_parameters()), flat, total, count, step)
-        del flat
+        mx.async_eval(summed, total, count)
+        parameters, norm, _ = optimizer.update(flat(model.trainable_parameters()), summed, total, count, step)
+        del summed
         model.update(nested(parameters))
         mx.eval(parameters, optimizer.state, norm)
         del parameters

@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
+
+from mlxlora.parameters import flat
 
 Tensors = dict[str, mx.array]
 
@@ -27,7 +28,7 @@ def prepared(network: nn.Module, config: dict[str, Any], tensors: Tensors) -> Te
 def _without_tied_head(network: nn.Module, tensors: Tensors) -> Tensors:
     """Drop `lm_head.weight` where the network has none and it says what the embedding says anyway."""
     head, embedding = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-    if head is None or embedding is None or "lm_head.weight" in dict(tree_flatten(network.parameters())):
+    if head is None or embedding is None or "lm_head.weight" in flat(network.parameters()):
         return tensors
     if head.shape != embedding.shape or not bool(mx.array_equal(head, embedding)):
         return tensors  # the check of the names will say that it does not fit

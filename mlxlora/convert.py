@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_map, tree_map_with_path
 
 from mlxlora import architecture, files, hub, mlxlm, probe, sentencepiece_model, torch_weights, weights
 from mlxlora import model as models
 from mlxlora.errors import ConfigError, ModelError
+from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.quantize import Kept, QuantizeConfig, dequantize, quantize
 
@@ -173,7 +174,7 @@ def _write(plan: _Plan, original: Path, scratch: Path, on_progress: Progress | N
     if plan.quantize.active:
         config, kept = quantize(network, config, plan.quantize)
     parameters = mlxlm.total_parameters(network)
-    tensors: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
+    tensors: dict[str, mx.array] = flat(network.parameters())
     network.update(tree_map(lambda _: mx.array([]), network.parameters()))  # let every shard go when it is written
     weights.write(scratch, tensors, parameters=parameters, on_progress=on_progress)
     mlxlm.save_config(architecture.spelled_both_ways(config), scratch / "config.json")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mlx.utils import tree_flatten
 
 from mlxlora import architecture, hub
 from mlxlora.adapters import AdapterConfig, collect, inject, remove, write_adapter
@@ -21,6 +20,7 @@ from mlxlora.generate import SamplingConfig, complete
 from mlxlora.memory import limit_of, limited
 from mlxlora.model import LanguageModel, load, load_tokenizer
 from mlxlora.objectives.sft import sft
+from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.prompts import sample_prompt
 from mlxlora.reporting import trackers
@@ -30,7 +30,7 @@ from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event
 from mlxlora.training.forecast import largest, settle
 from mlxlora.training.identity import check_accepted, identify
-from mlxlora.training.loop import count_steps, train
+from mlxlora.training.loop import Trainer, count_steps
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 from mlxlora.training.pace import Host, Pace
 from mlxlora.training.run import RunDirectory
@@ -150,9 +150,9 @@ def session(
             write_adapter(path, collect(model.network, base=model.fingerprint, base_name=name))
 
         yield describe(splits)
-        yield from train(
-            model.network, engine, sft, batches, optimizer, training,
-            validation=held_out, store=run, adapter_writer=write, state=state, control=control, pace=pace,
+        yield from Trainer(
+            network=model.network, engine=engine, objective=sft, batches=batches, optimizer=optimizer, config=training,
+            validation=held_out, store=run, adapter_writer=write, state=state, control=control or Control(), pace=pace,
             sampler=lambda: answers(model, held_out), predicted_peak=peak, memory_limit=limit,
         )  # fmt: skip
     finally:
@@ -163,7 +163,7 @@ def session(
 
 def starting_state(model: LanguageModel, optimizer: Optimizer) -> TrainingState:
     """What a checkpoint will hold, for its size."""
-    parameters = dict(tree_flatten(model.network.trainable_parameters()))
+    parameters = flat(model.network.trainable_parameters())
     optimizer.init(parameters)
     return TrainingState(0, 0, 0, parameters, optimizer.flat_state())
 

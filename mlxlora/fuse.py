@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxlora import files, hub, probe
 from mlxlora import model as models
@@ -22,6 +20,7 @@ from mlxlora.errors import ConfigError, InputError, MlxLoraError
 from mlxlora.fusing import writing
 from mlxlora.fusing.divergence import find_probe
 from mlxlora.fusing.forms import Tried, automatic_forms, choose, forced_forms, quantization_entries
+from mlxlora.parameters import bytes_of
 from mlxlora.progress import Progress
 
 
@@ -132,7 +131,7 @@ def fuse(
         raise MlxLoraError(_too_far(tried, max_kl, forced))
     scales = adapters.scales
     changed = _settle(language_model, modules)
-    files.require_space(out, _held(network), "the fused model")
+    files.require_space(out, bytes_of(network.parameters()), "the fused model")
     with files.new_directory(out) as scratch, files.room_for(out, scratch):
         entries = None if dequantize else _changed_entries(path, modules)
         writing.write_model(scratch, path, network, language_model.config, changed, entries)
@@ -200,11 +199,6 @@ def _changed_entries(source: Path, modules: dict[str, Any]) -> dict[str, Any]:
     if "quantization" not in config and "quantization_config" not in config:
         return {}
     return quantization_entries(modules)
-
-
-def _held(network: nn.Module) -> int:
-    arrays: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
-    return sum(array.nbytes for array in arrays.values())
 
 
 def _bytes(directory: Path) -> int:

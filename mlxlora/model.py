@@ -12,11 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxlora import architecture, checkpoint_names, files, hub, mlxlm, sentencepiece_model, weights
 from mlxlora.adapters import Adapters
 from mlxlora.errors import ModelError, Problem
+from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 
@@ -125,7 +125,7 @@ def _own_classes(path: Path) -> tuple[type[nn.Module], type[Any]]:
 
 def _check_weights(path: Path) -> Callable[[nn.Module, dict[str, mx.array]], None]:
     def check(network: nn.Module, given: dict[str, mx.array]) -> None:
-        expected: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
+        expected: dict[str, mx.array] = flat(network.parameters())
         problems = [Problem(name, "missing from the weight files") for name in sorted(expected.keys() - given.keys())]
         problems += [
             Problem(name, "in the weight files, but not in the network")
@@ -185,7 +185,7 @@ def write_directory(
     on_progress: Progress | None = None,
 ) -> None:
     """Fill `directory` with a model: the network's weights, `config`, and the tokenizer files of `source`."""
-    tensors: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
+    tensors: dict[str, mx.array] = flat(network.parameters())
     weights.write(directory, tensors, parameters=mlxlm.total_parameters(network), on_progress=on_progress)
     mlxlm.save_config(config, directory / "config.json")
     copy_files(source, directory, (*TOKENIZER_FILES, *CARRIED))

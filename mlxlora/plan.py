@@ -16,10 +16,11 @@ from mlxlora.files import human_bytes
 from mlxlora.memory import limit_of
 from mlxlora.model import load
 from mlxlora.objectives.sft import sft
+from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.reporting.clock import clock
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.forecast import GRADES, Forecast, advice, arrays, forecast, largest
+from mlxlora.training.forecast import GRADES, Forecast, advice, forecast, largest
 from mlxlora.training.loop import count_steps
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 
@@ -121,7 +122,7 @@ def plan(
     inject(loaded.network, adapter, seed=training.seed)
     try:
         chosen_optimizer = Optimizer(optimizer, steps)
-        chosen_optimizer.init(arrays(loaded.network.trainable_parameters()))
+        chosen_optimizer.init(flat(loaded.network.trainable_parameters()))
         found = []
         grades = GRADES if training.blocks == "auto" else (training.blocks,)
         for number, grade in enumerate(grades):

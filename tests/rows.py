@@ -58,7 +58,9 @@ def train(
     config = TrainingConfig(**training)
     made = Engine(network, engine or EngineConfig(compile="never"))
     steps = config.steps or 1
-    trainer = Trainer(network, made, sft, rows, Optimizer(optimizer, steps), config)
+    trainer = Trainer(
+        network=network, engine=made, objective=sft, batches=rows, optimizer=Optimizer(optimizer, steps), config=config
+    )
     losses = [event.loss for event in trainer if isinstance(event, Step)]
     made.close()
     return losses, trainer.parameters

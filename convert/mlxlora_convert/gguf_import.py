@@ -11,13 +11,13 @@ from typing import Any
 
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlxlora import mlxlm
 from mlxlora.architecture import spelled_both_ways
 from mlxlora.errors import FormatError, ModelError, Problem
 from mlxlora.files import new_directory, write_json
 from mlxlora.model import load_network
+from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 from mlxlora_convert.export import ImportJob
@@ -161,8 +161,7 @@ def skeleton(config: dict[str, Any], given: set[str], header: GGUFHeader) -> dic
         network: nn.Module = mlxlm.build(spelled_both_ways(config))
     except (ModelError, RuntimeError, OverflowError, MemoryError, ZeroDivisionError) as error:
         raise FormatError(f"{header.path}: the hyper-parameters describe no possible network: {error}") from None
-    flat: dict[str, Any] = dict(tree_flatten(network.parameters()))
-    shapes = {name: tuple(array.shape) for name, array in flat.items()}
+    shapes = {name: tuple(array.shape) for name, array in flat(network.parameters()).items()}
     if config["tie_word_embeddings"] and "lm_head.weight" not in given:
         shapes.pop("lm_head.weight", None)  # Gemma 3 has a head until it sees that there are no weights for it
     return shapes

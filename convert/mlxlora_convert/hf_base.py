@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from mlx.utils import tree_flatten
 
 from mlxlora import weights
 from mlxlora.files import check_safetensors
+from mlxlora.parameters import flat
 from mlxlora_convert.export import FORMATS, ExportJob, function
 from mlxlora_convert.names import Names
 from mlxlora_convert.ours import BaseModel
@@ -43,7 +43,7 @@ def as_transformers_wants(model: BaseModel) -> bool:
     """Whether transformers reads the model's own files: not quantized, and by its own names."""
     if "quantization" in model.config or "quantization_config" in model.config:
         return False
-    own = set(tree_flatten(model.network.parameters(), destination={}))
+    own = set(flat(model.network.parameters()))
     stored = {name for path in weights.weight_files(model.path) for name in check_safetensors(path)}
     family = Names.of(model.config).family
     return not stored <= own or not (family.renames or family.experts)

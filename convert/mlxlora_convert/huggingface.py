@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlxlora import architecture, checkpoint_names, hub, mlxlm, probe, weights
 from mlxlora import model as models
@@ -16,6 +16,7 @@ from mlxlora.adapters import Adapters
 from mlxlora.adapters.inject import set_module
 from mlxlora.adapters.layer import Wrapper
 from mlxlora.errors import ModelError, Problem, UnsupportedError
+from mlxlora.parameters import flat
 from mlxlora.quantize import dequantize
 from mlxlora_convert.checkpoint_layout import rules, to_checkpoint
 from mlxlora_convert.export import ExportJob
@@ -42,7 +43,7 @@ def write(job: ExportJob) -> list[str]:
     dtype = job.option(HuggingFaceOptions).dtype
     _prove(job, path, stored, dtype)
     network, config = folded(job, path, dtype)
-    tensors = to_checkpoint(_tensors(network), config)
+    tensors = to_checkpoint(flat(network.parameters()), config)
     parameters = mlxlm.total_parameters(network)
     del network
     weights.write(job.out, tensors, parameters=parameters, metadata={"format": "pt"}, on_progress=job.on_progress)
@@ -75,14 +76,10 @@ def _adapted(job: ExportJob, path: Path, network: nn.Module) -> None:
         adapters.add_spec(spec, any_base=job.any_base)
 
 
-def _tensors(network: nn.Module) -> dict[str, mx.array]:
-    return dict(tree_flatten(network.parameters()))
-
-
 def _prove(job: ExportJob, path: Path, stored: dict[str, Any], dtype: str | None) -> None:
     """Undo the export with mlx-lm's own code and compare: names, shapes and bits. One tensor in memory at a time."""
     network, config = folded(job, path, dtype)
-    expected = _tensors(network)
+    expected = flat(network.parameters())
     given = to_checkpoint(expected, config)
     fresh = mlxlm.build(config)  # some models rearrange themselves while they sanitize
     back = mlxlm.sanitized(fresh, checkpoint_names.prepared(fresh, config, given))

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxlora.adapters import full, weights
 from mlxlora.adapters.config import AdapterConfig
@@ -18,6 +17,7 @@ from mlxlora.adapters.layer import AdapterLayer, Wrapper
 from mlxlora.adapters.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 from mlxlora.adapters.select import select
 from mlxlora.errors import ConfigError, UnsupportedError
+from mlxlora.parameters import flat
 
 Layers = list[tuple[Callable[[nn.Module], bool], type[AdapterLayer]]]
 
@@ -82,7 +82,7 @@ def inject(network: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injec
         _restore(network, before, opened)
         raise
     paths = tuple(o.path for o in opened) if config.type == "full" else tuple(selection.chosen)
-    trainable = sum(array.size for _, array in _leaves(network.trainable_parameters()))
+    trainable = sum(array.size for array in flat(network.trainable_parameters()).values())
     injection = Injection(config, paths, selection.left_out, trainable, total, before, tuple(opened))
     object.__setattr__(network, "_injection", injection)
     return injection
@@ -182,7 +182,3 @@ def count_weights(network: nn.Module) -> int:
         else:
             total += sum(array.size for array in arrays.values())
     return total
-
-
-def _leaves(tree: Any) -> list[tuple[str, mx.array]]:
-    return cast(list[tuple[str, mx.array]], tree_flatten(tree))

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora.engine.hold import Hold, own_call
-from mlxlora.engine.slots import flat
+from mlxlora.parameters import bytes_of
 
 
 class Reached(Exception):
@@ -116,7 +116,7 @@ def _blocks(network: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...]
     wanted = id(named[0]) if isinstance(named, list) and named and isinstance(named[0], nn.Module) else None
     best: tuple[int, str, nn.Module, list[nn.Module]] | None = None
     for path, owner, modules in _lists(network):
-        size = sum(array.nbytes for module in modules for array in flat(module.parameters()).values())
+        size = sum(bytes_of(module.parameters()) for module in modules)
         if any(id(module) == wanted for module in modules):
             size = 1 << 62
         if best is None or size > best[0]:

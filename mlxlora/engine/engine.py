@@ -17,9 +17,9 @@ from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of
 from mlxlora.engine.packing import packing_refusal
 from mlxlora.engine.scores import Metrics, Objective, Outcome
-from mlxlora.engine.slots import flat
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 from mlxlora.errors import UnsupportedError
+from mlxlora.parameters import flat
 
 
 class Engine:

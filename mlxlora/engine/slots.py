@@ -12,13 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
-
-def flat(tree: Any) -> dict[str, mx.array]:
-    """The arrays of a tree of parameters by their paths, in its order."""
-    found: Any = tree_flatten(tree)
-    return dict(found)
+from mlxlora.parameters import flat
 
 
 class Slots:

@@ -9,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxlora import probe
 from mlxlora.adapters import weights
@@ -19,6 +18,7 @@ from mlxlora.errors import ConfigError
 from mlxlora.fusing.divergence import measure
 from mlxlora.fusing.inputs import moments
 from mlxlora.fusing.rounding import pack_with_care
+from mlxlora.parameters import bytes_of, flat
 from mlxlora.progress import Progress
 
 WIDTHS = (2, 3, 4, 5, 6, 8)  # bits that MLX's affine mode has
@@ -171,14 +171,10 @@ def _evaluated(layer: nn.Module) -> nn.Module:
 def network_dtype(network: nn.Module) -> mx.Dtype:
     """The dtype that a network computes in: that of most of its arrays that are neither packed nor float scales."""
     sizes: dict[mx.Dtype, int] = {}
-    for name, array in _arrays(network).items():
+    for name, array in flat(network.parameters()).items():
         if mx.issubdtype(array.dtype, mx.floating) and not name.endswith("global_scale"):
             sizes[array.dtype] = sizes.get(array.dtype, 0) + array.size
     return max(sizes, key=lambda dtype: sizes[dtype], default=mx.float32)
-
-
-def _arrays(module: nn.Module) -> dict[str, mx.array]:
-    return dict(tree_flatten(module.parameters()))
 
 
 def choose(
@@ -195,7 +191,7 @@ def choose(
     for form in forms:
         modules = build(network, form, calibration, on_progress)
         difference = measure(network, modules, rows)
-        size = sum(array.nbytes for module in modules.values() for array in _arrays(module).values())
+        size = sum(bytes_of(module.parameters()) for module in modules.values())
         if not tried or difference.kl < min(one.difference.kl for one in tried):
             best = modules
         tried.append(Tried(form.name, size, difference))

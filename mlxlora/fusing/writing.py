@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlxlora import files, mlxlm, probe
 from mlxlora import model as models
 from mlxlora import weights as weight_files
 from mlxlora.errors import ModelError
+from mlxlora.parameters import flat
 
 PARTS = ("weight", "scales", "biases", "global_scale")
 LARGEST_DIFFERENCE = 1e-3  # between what was written, read back, and what was meant, in log-probabilities
@@ -35,7 +35,7 @@ def write_model(
     changed:   paths of modules, or of single weights
     quantized: entries of the quantization by module path that differ from before; None: no quantization is left
     """
-    tensors: dict[str, mx.array] = dict(tree_flatten(network.parameters()))
+    tensors: dict[str, mx.array] = flat(network.parameters())
     shards = {path: files.check_safetensors(path) for path in weight_files.weight_files(source)}
     stored = {name for shard in shards.values() for name in shard}
     before = {name for name in tensors if not _is_changed(name, changed)}

@@ -20,6 +20,7 @@ import mlx.core as mx
 
 from mlxlora.errors import FormatError, InputError, Problem
 from mlxlora.files import load_safetensors, read_json, save_safetensors, sha256, write_json
+from mlxlora.parameters import bytes_of
 
 FORMAT = 1  # of the directory; another number is refused
 MANIFEST = "manifest.json"
@@ -48,7 +49,7 @@ class TrainingState:
     @property
     def nbytes(self) -> int:
         """Bytes that this state takes in a checkpoint (headers aside)."""
-        return sum(array.nbytes for part in (self.adapter, self.optimizer) for array in part.values())
+        return bytes_of([self.adapter, self.optimizer])
 
 
 def write_checkpoint(directory: Path, state: TrainingState, owner: str) -> None:

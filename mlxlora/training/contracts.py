@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlxlora.data.sample import Batch
+from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.training.checkpoint import TrainingState
-
-Objective: TypeAlias = Callable[..., tuple[mx.array, mx.array, dict[str, mx.array]]]
 
 
 class Batches(Protocol):
@@ -44,11 +43,11 @@ class TrainingEngine(Protocol):
 
     def value_and_grad(
         self, objective: Objective, batch: Batch, key: mx.array | None = None
-    ) -> tuple[mx.array, mx.array, dict[str, mx.array], Any]:
+    ) -> tuple[mx.array, mx.array, Metrics, Any]:
         """(sum, count, metrics, gradients of the sum); `key` makes the dropout masks."""
         ...
 
-    def evaluate(self, objective: Objective, batch: Batch) -> tuple[mx.array, mx.array, dict[str, mx.array]]:
+    def evaluate(self, objective: Objective, batch: Batch) -> Outcome:
         """(sum, count, metrics) without dropout."""
         ...
 

@@ -19,12 +19,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlxlora.adapters import block_paths
 from mlxlora.adapters.inject import get_module
@@ -34,7 +33,8 @@ from mlxlora.engine import Engine, EngineConfig
 from mlxlora.engine.config import CheckpointBlocks
 from mlxlora.errors import UnsupportedError
 from mlxlora.files import human_bytes
-from mlxlora.training.optimizer import Flat, Optimizer
+from mlxlora.parameters import Flat, bytes_of, flat
+from mlxlora.training.optimizer import Optimizer
 
 FEW, MORE = 2, 4  # blocks in place in the two probes
 WORKSPACE = 256_000_000  # bytes; more than the chunks of attention and loss take beside what grows with the batch
@@ -137,11 +137,11 @@ def forecast(
     accumulate: int = 1,
 ) -> Forecast:
     """Probe this model under one way of checkpointing. Network and optimizer stay as they are."""
-    parameters = arrays(network.trainable_parameters())
-    trainable = sum(value.nbytes for value in parameters.values())
+    parameters = flat(network.trainable_parameters())
+    trainable = bytes_of(parameters)
     mx.eval(network.parameters(), optimizer.state)
     every = mx.get_active_memory()
-    moments = sum(value.nbytes for value in optimizer.flat_state().values())
+    moments = bytes_of(optimizer.state)
     batch = synthetic(shape.rows, shape.length, shape.learned, vocabulary)
     mx.eval(batch.tokens, batch.loss_positions, batch.targets, batch.weights)
     step, seconds = extrapolated(network, config, objective, batch)
@@ -156,12 +156,6 @@ def forecast(
         update=update_bytes(optimizer, parameters) + more,
         seconds=seconds * accumulate,
     )
-
-
-def arrays(tree: Any) -> Flat:
-    """A tree of arrays, flat."""
-    found: Flat = dict(cast("list[tuple[str, mx.array]]", tree_flatten(tree)))
-    return found
 
 
 def extrapolated(network: nn.Module, config: EngineConfig, objective: Any, batch: Batch) -> tuple[int, float]:
@@ -226,7 +220,7 @@ def update_bytes(optimizer: Optimizer, parameters: Flat) -> int:
         changed, optimizer.state = optimizer.state, state
         return new, norm, finite, changed
 
-    return above(update)[0] + sum(value.nbytes for value in zeros.values())
+    return above(update)[0] + bytes_of(zeros)
 
 
 def settle(
@@ -245,7 +239,7 @@ def settle(
     Where even a generous bound fits, nothing is probed and the bound is the prediction.
     Raises UnsupportedError, saying what would fit, when none does.
     """
-    parameters = arrays(network.trainable_parameters())
+    parameters = flat(network.trainable_parameters())
     if not optimizer.state:
         optimizer.init(parameters)
     bound = generous_bound(network, optimizer, shape, vocabulary)
@@ -270,15 +264,15 @@ def generous_bound(network: nn.Module, optimizer: Optimizer, shape: Shape, vocab
     blocks = block_paths(network)
     widths, hidden = 0, 0
     for path in blocks:
-        for name, value in arrays(get_module(network, path).parameters()).items():
+        for name, value in flat(get_module(network, path).parameters()).items():
             if value.ndim >= 2 and name.rpartition(".")[2] == "weight":
                 widths += math.prod(value.shape[:-1])
             hidden = max(hidden, value.shape[0] if value.ndim == 1 else 0)
     step = 4 * shape.tokens * (3 * widths + 24 * hidden * len(blocks)) + WORKSPACE
     loss = 4 * LOSS_ARRAYS * vocabulary * min(shape.tokens, LOSS_TOKENS)
-    trained = sum(value.nbytes for value in arrays(network.trainable_parameters()).values())
-    resident = sum(value.nbytes for value in arrays(network.parameters()).values())
-    return resident + sum(value.nbytes for value in optimizer.flat_state().values()) + step + loss + 8 * trained
+    trained = bytes_of(network.trainable_parameters())
+    resident = bytes_of(network.parameters())
+    return resident + bytes_of(optimizer.state) + step + loss + 8 * trained
 
 
 def advice(smallest: Forecast, limit: int) -> str:

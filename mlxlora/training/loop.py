@@ -12,18 +12,21 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlxlora.adapters.inject import count_weights
+from mlxlora.engine.scores import Objective
 from mlxlora.errors import TrainingError
+from mlxlora.parameters import Flat, flat
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.contracts import Batches, Objective, Store, TrainingEngine
+from mlxlora.training.contracts import Batches, Store, TrainingEngine
 from mlxlora.training.counters import Counters, Pending
 from mlxlora.training.events import (
     Checkpoint,
@@ -37,7 +40,7 @@ from mlxlora.training.events import (
     Step,
     Validation,
 )
-from mlxlora.training.optimizer import Flat, Optimizer
+from mlxlora.training.optimizer import Optimizer
 from mlxlora.training.pace import Pace
 from mlxlora.training.validation import evaluate, number
 
@@ -65,42 +68,45 @@ def steps_in(batches: Batches, config: TrainingConfig, epoch: int) -> int:
     return math.ceil(len(batches.plan(epoch)) / config.accumulate)
 
 
+@dataclass(kw_only=True, eq=False)
 class Trainer:
-    """One run. Iterate over it to train; see `train`."""
+    """One run: iterate over it to train, as a generator of events. `control.stop()` ends it after the current step and
+    saves.
 
-    def __init__(
-        self,
-        network: nn.Module,
-        engine: TrainingEngine,
-        objective: Objective,
-        batches: Batches,
-        optimizer: Optimizer,
-        config: TrainingConfig,
-        *,
-        validation: Batches | None = None,
-        store: Store | None = None,
-        adapter_writer: Callable[[Path], None] | None = None,
-        state: TrainingState | None = None,
-        control: Control | None = None,
-        pace: Pace | None = None,
-        sampler: Callable[[], tuple[list[str], list[str]]] | None = None,
-        predicted_peak: int = 0,
-        memory_limit: int = 0,
-    ) -> None:
-        self.network, self.engine, self.objective = network, engine, objective
-        self.batches, self.validation = batches, validation
-        self.optimizer, self.config = optimizer, config
-        self.store, self.adapter_writer = store, adapter_writer
-        self.control, self.pace, self.sampler = control or Control(), pace, sampler
-        self.predicted_peak, self.memory_limit = predicted_peak, memory_limit
+    Raises TrainingError when numbers stop being finite.
+    """
+
+    network: nn.Module
+    engine: TrainingEngine
+    objective: Objective
+    batches: Batches
+    optimizer: Optimizer
+    config: TrainingConfig
+    validation: Batches | None = None
+    """What the loss is measured on that is not trained on."""
+    store: Store | None = None
+    """Where checkpoints are published."""
+    adapter_writer: Callable[[Path], None] | None = None
+    """Puts the adapter, in its own format, into a directory; without one nothing is saved."""
+    state: InitVar[TrainingState | None] = None
+    """Where a resumed run goes on."""
+    control: Control = field(default_factory=Control)
+    pace: Pace | None = None
+    sampler: Callable[[], tuple[list[str], list[str]]] | None = None
+    """Answers held-out prompts: (prompts, answers)."""
+    predicted_peak: int = 0
+    """Bytes, as is `memory_limit`: both are only told."""
+    memory_limit: int = 0
+
+    def __post_init__(self, state: TrainingState | None) -> None:
         self.counters = Counters()
-        self.parameters: Flat = dict(tree_flatten(network.trainable_parameters()))
+        self.parameters: Flat = flat(self.network.trainable_parameters())
         self.optimizer.init(self.parameters)
         self.step = self.epoch = self.position = 0
         self.saved_at = -1
         if state is not None:
             self.restore(state)
-        self.plan: Sequence[Any] = batches.plan(self.epoch)
+        self.plan: Sequence[Any] = self.batches.plan(self.epoch)
         self.pending: list[Pending] = []
         self.better_since_save = False
         self.high = 0  # steps in a row far above the usual loss
@@ -111,7 +117,7 @@ class Trainer:
         """Go on from a checkpoint."""
         self.step, self.epoch, self.position = state.step, state.epoch, state.position
         self.network.update(tree_unflatten(list(state.adapter.items())))
-        self.parameters = dict(tree_flatten(self.network.trainable_parameters()))
+        self.parameters = flat(self.network.trainable_parameters())
         self.optimizer.restore(state.optimizer)
         self.counters = Counters(**state.counters)
         self.saved_at = state.step
@@ -193,8 +199,8 @@ class Trainer:
             batch = self.batches.batch(planned)
             key = key_for(self.config.seed, self.step, micro)
             value, count, _, gradients = self.engine.value_and_grad(self.objective, batch, key)
-            flat = dict(tree_flatten(gradients))
-            total = {name: total[name] + flat[name] for name in flat} if total else flat
+            here = flat(gradients)
+            total = {name: total[name] + here[name] for name in here} if total else here
             sums, counts = sums + value, counts + count
             samples += len(batch.samples)
             mx.async_eval(total, sums, counts)
@@ -377,34 +383,3 @@ class Trainer:
         path = self.store.save(state, adapter_writer=self.adapter_writer, best=best, keep=self.config.keep)
         self.saved_at, self.better_since_save = self.step, False
         yield Checkpoint(self.step, path, best)
-
-
-def train(
-    network: nn.Module,
-    engine: TrainingEngine,
-    objective: Objective,
-    batches: Batches,
-    optimizer: Optimizer,
-    config: TrainingConfig,
-    *,
-    validation: Batches | None = None,
-    store: Store | None = None,
-    adapter_writer: Callable[[Path], None] | None = None,
-    state: TrainingState | None = None,
-    control: Control | None = None,
-    pace: Pace | None = None,
-    sampler: Callable[[], tuple[list[str], list[str]]] | None = None,
-    predicted_peak: int = 0,
-    memory_limit: int = 0,
-) -> Iterator[Event]:
-    """Train, as a generator of events; `control.stop()` ends it after the current step and saves.
-
-    `state` is where a resumed run goes on; with a `store`, checkpoints are published there, and `adapter_writer` puts
-    the adapter in its own format into a directory. `sampler` answers held-out prompts: (prompts, answers).
-    Raises TrainingError when numbers stop being finite.
-    """
-    yield from Trainer(
-        network, engine, objective, batches, optimizer, config,
-        validation=validation, store=store, adapter_writer=adapter_writer, state=state, control=control,
-        pace=pace, sampler=sampler, predicted_peak=predicted_peak, memory_limit=memory_limit,
-    )  # fmt: skip

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.optimizers
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_map, tree_map_with_path
 
 from mlxlora.errors import ConfigError
+from mlxlora.parameters import Flat, flat
 
 Tree = Any
-Flat = dict[str, mx.array]
 
 # which of the optional settings an optimizer has, and what they are where nothing is said
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -203,15 +203,15 @@ class Optimizer:
 
     def flat_state(self) -> Flat:
         """The moments and counters, by name, for a checkpoint."""
-        return dict(tree_flatten(self.state))
+        return flat(self.state)
 
-    def restore(self, flat: Flat) -> None:
+    def restore(self, saved: Flat) -> None:
         """Put the moments and counters of a checkpoint back. Raises ConfigError where names or shapes differ."""
         own = self.flat_state()
-        wrong = sorted(set(own) ^ set(flat)) or [name for name in own if own[name].shape != flat[name].shape]
+        wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
         if wrong:
             raise ConfigError(f"the optimizer's saved state does not fit: {', '.join(wrong[:5])}.")
-        self.state = tree_map_with_path(lambda path, _: flat[path], self.state)
+        self.state = tree_map_with_path(lambda path, _: saved[path], self.state)
 
 
 def build(config: OptimizerConfig) -> Any:

@@ -35,6 +35,7 @@ from mlxlora.files import (
     write_json,
     write_whole,
 )
+from mlxlora.parameters import bytes_of
 from mlxlora.training.checkpoint import TrainingState, read_checkpoint, write_checkpoint
 from mlxlora.training.lock import RunLock
 
@@ -174,7 +175,7 @@ class RunDirectory:
 
         keep: how many checkpoints stay; one more stands beside them while it is written, and so does an adapter
         """
-        adapter = sum(a.nbytes for a in state.adapter.values()) if adapter_bytes is None else adapter_bytes
+        adapter = bytes_of(state.adapter) if adapter_bytes is None else adapter_bytes
         self._require((keep + 1) * (state.nbytes + HEADERS) + 3 * (adapter + HEADERS), "this run's checkpoints")
 
     def _require(self, needed: int, what: str) -> None:
@@ -245,7 +246,7 @@ class RunDirectory:
             raise ValueError(f"keep: expected at least 1, found {keep}")
         if not self._begun:
             raise RuntimeError("write_config comes before the first save")
-        adapter = sum(array.nbytes for array in state.adapter.values())
+        adapter = bytes_of(state.adapter)
         self._require(state.nbytes + (2 if best else 1) * adapter + 3 * HEADERS, f"the checkpoint of step {state.step}")
         target = self.path / "checkpoints" / f"step-{state.step:07d}"
         try:

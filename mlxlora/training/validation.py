@@ -7,7 +7,8 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-from mlxlora.training.contracts import Batches, Objective, TrainingEngine
+from mlxlora.engine.scores import Objective
+from mlxlora.training.contracts import Batches, TrainingEngine
 
 
 def number(scalar: mx.array) -> float:

@@ -13,11 +13,11 @@ from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import ConfigError, UnsupportedError
 from mlxlora.objectives.sft import sft
+from mlxlora.parameters import flat
 from mlxlora.plan import other_machine, plan
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.forecast import (
     Shape,
-    arrays,
     forecast,
     generous_bound,
     largest,
@@ -34,7 +34,7 @@ def prepared(family: str, adapter: AdapterConfig, **changes: Any) -> tuple[Any, 
     network = tiny.network(family, **changes)
     inject(network, adapter)
     optimizer = Optimizer(OptimizerConfig(), 10)
-    optimizer.init(arrays(network.trainable_parameters()))
+    optimizer.init(flat(network.trainable_parameters()))
     return network, optimizer
 
 
@@ -46,9 +46,9 @@ def measured(network: Any, optimizer: Optimizer, config: EngineConfig, shape: Sh
     for _ in range(2):
         mx.reset_peak_memory()
         total, count, _, gradients = engine.value_and_grad(sft, batch, mx.random.key(0))
-        found = arrays(gradients)
+        found = flat(gradients)
         mx.eval(found)
-        new, _, _ = optimizer.update(arrays(network.trainable_parameters()), found, total, count, 0)
+        new, _, _ = optimizer.update(flat(network.trainable_parameters()), found, total, count, 0)
         mx.eval(new, optimizer.state)
         optimizer.state, peak = state, mx.get_peak_memory()
         del new, found, gradients
@@ -69,11 +69,11 @@ def test_the_peak_is_foretold(family: str, grade: Any) -> None:
 
 def test_probing_leaves_network_and_optimizer_as_they_were() -> None:
     network, optimizer = prepared("qwen3", AdapterConfig(rank=4), num_hidden_layers=6)
-    names, state = list(arrays(network.parameters())), optimizer.state
-    before = {name: value.tolist() for name, value in arrays(network.trainable_parameters()).items()}
+    names, state = list(flat(network.parameters())), optimizer.state
+    before = {name: value.tolist() for name, value in flat(network.trainable_parameters()).items()}
     forecast(network, EngineConfig(), optimizer, sft, Shape(1, 64, 1.0), vocabulary=tiny.VOCABULARY)
-    assert list(arrays(network.parameters())) == names and optimizer.state is state
-    assert {name: value.tolist() for name, value in arrays(network.trainable_parameters()).items()} == before
+    assert list(flat(network.parameters())) == names and optimizer.state is state
+    assert {name: value.tolist() for name, value in flat(network.trainable_parameters()).items()} == before
     with only_blocks(network, 2):
         assert len(network.layers) == 2
     assert len(network.layers) == 6

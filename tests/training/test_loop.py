@@ -122,7 +122,14 @@ def trainer(config: TrainingConfig, rows: Rows | None = None, **options: Any) ->
     optimizer = Optimizer(OptimizerConfig(learning_rate=0.05), count_steps(rows, config))
     options.setdefault("store", Memory())
     return Trainer(
-        network, PlainEngine(network), objective, rows, optimizer, config, adapter_writer=lambda path: None, **options
+        network=network,
+        engine=PlainEngine(network),
+        objective=objective,
+        batches=rows,
+        optimizer=optimizer,
+        config=config,
+        adapter_writer=lambda path: None,
+        **options,
     )
 
 
