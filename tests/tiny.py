@@ -4,6 +4,7 @@ tiny.config("qwen3")                       a config.json as both mlx-lm and tran
 tiny.network("qwen3", seed=1)              an mlx-lm network with random weights
 tiny.tokenizer(directory)                  a byte-level BPE tokenizer with a ChatML template
 tiny.model_directory(path, "qwen3")        all of that as a model directory in MLX's layout
+tiny.with_logits(directory, 0.5)           the model with its logits scaled
 tiny.transformers_directory(path, "qwen3") the same by way of transformers, in Hugging Face's layout (needs torch)
 """
 
@@ -298,6 +299,21 @@ def model_directory(
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
     tokenizer(path, template=template)
     return path
+
+
+def with_logits(directory: Path, deviation: float) -> Path:
+    """The model with its final norm scaled so that the logits have this standard deviation over a few tokens."""
+    from mlxlora.model import load_network
+
+    file = directory / "model.safetensors"
+    tensors: dict[str, Any] = mx.load(str(file))  # type: ignore[assignment]
+    found = float(mx.std(load_network(directory)[0](mx.arange(11, 400, 20)[None])))
+    stored_less_one = "gemma" in json.loads((directory / "config.json").read_text())["model_type"]
+    for name in [name for name in tensors if name.startswith("model.norm.")]:
+        less = 1.0 if stored_less_one and name.endswith("weight") else 0.0
+        tensors[name] = (tensors[name] + less) * (deviation / found) - less
+    mx.save_safetensors(str(file), tensors, metadata={"format": "pt"})
+    return directory
 
 
 def transformers_directory(path: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:

@@ -116,7 +116,7 @@ def test_the_language_model_of_a_multimodal_gemma(tmp_path: Path) -> None:
     outer = {"model_type": "gemma3", "text_config": inner, "vocab_size": tiny.VOCABULARY, "eos_token_id": 2}
     (directory / "config.json").write_text(json.dumps(outer))
     written = export_gguf(directory, tmp_path / "model.gguf", type="f32")
-    assert differences(directory, written.path).max() < 1e-2
+    assert differences(directory, written.path).max() < 6e-3  # GELU by table, see test_gguf.py
 
 
 def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
