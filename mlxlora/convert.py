@@ -61,7 +61,7 @@ class Conversion:
         form = self.quantization or self.dtype
         lines = [
             f"{self.out}: {self.parameters / 1e6:,.1f} M parameters, {form}, {self.bits_per_weight:.2f} bits a weight, "
-            f"{self.bytes / 1e6:,.1f} MB"
+            f"{files.human_bytes(self.bytes)}"
         ]
         lines += [f"Not quantized: {one.path}: {one.reason}" for one in self.kept[:8]]
         lines += [f"… and {len(self.kept) - 8} more layers not quantized"] if len(self.kept) > 8 else []

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import mlx.core as mx
 
 from mlxlora.errors import ConfigError, TrainingError
+from mlxlora.files import human_bytes
 
 UNITS = {
     "": 1,
@@ -72,7 +73,7 @@ def limited(size: int) -> Iterator[None]:
         ):
             raise
         raise TrainingError(
-            f"out of memory (limit {size / 1e9:.1f} GB). The last checkpoint is kept and the same command goes on from "
+            f"out of memory (limit {human_bytes(size)}). The last checkpoint is kept and the same command goes on from "
             "it. Take less at once: --training.batch_size 1, --samples.max_length lower, --training.checkpoint_blocks "
             "inputs, or a base model in 4 bits; --training.accumulate makes up for smaller batches."
         ) from error

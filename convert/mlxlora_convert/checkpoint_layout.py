@@ -11,6 +11,7 @@ experts in MLX's layout would pass that proof, and transformers would load them 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,6 +31,13 @@ class Rule(Protocol):
         """Replace the MLX tensors that this rule fits by those of the checkpoint, in place and lazily."""
 
 
+def take(tensors: Tensors, pattern: str) -> Iterator[tuple[mx.array, dict[str, str]]]:
+    """Every tensor whose name fits `pattern`, out of `tensors`, with what the placeholders stand for."""
+    for name in list(tensors):
+        if (found := fit(pattern, name)) is not None:
+            yield tensors.pop(name), found
+
+
 @dataclass(frozen=True, slots=True)
 class Rename:
     """The same tensor under another name."""
@@ -38,9 +46,8 @@ class Rename:
     hf: str
 
     def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if (found := fit(self.mlx, name)) is not None:
-                tensors[self.hf.format(**found)] = tensors.pop(name)
+        for tensor, found in take(tensors, self.mlx):
+            tensors[self.hf.format(**found)] = tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +57,8 @@ class Transpose:
     mlx: str
 
     def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if fit(self.mlx, name) is not None:
-                tensors[name] = mx.contiguous(tensors[name].T)
+        for tensor, found in take(tensors, self.mlx):
+            tensors[self.mlx.format(**found)] = mx.contiguous(tensor.T)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +69,9 @@ class Unstack:
     hf: str
 
     def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if (found := fit(self.mlx, name)) is not None:
-                stack = tensors.pop(name)
-                for number in range(stack.shape[0]):
-                    tensors[self.hf.format(**found, e=number)] = stack[number]
+        for stack, found in take(tensors, self.mlx):
+            for number in range(stack.shape[0]):
+                tensors[self.hf.format(**found, e=number)] = stack[number]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +83,8 @@ class JoinHeads:
     hf: str
 
     def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if (found := fit(self.keys, name)) is None:
-                continue
-            keys, values = tensors.pop(name), tensors.pop(self.values.format(**found))
+        for keys, found in take(tensors, self.keys):
+            values = tensors.pop(self.values.format(**found))
             both = mx.concatenate([keys.swapaxes(-1, -2), values], axis=1)
             tensors[self.hf.format(**found)] = both.reshape(-1, both.shape[-1])
 
@@ -96,10 +98,8 @@ class Interleave:
     hf: str
 
     def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if (found := fit(self.gate, name)) is None:
-                continue
-            gate, up = tensors.pop(name), tensors.pop(self.up.format(**found))
+        for gate, found in take(tensors, self.gate):
+            up = tensors.pop(self.up.format(**found))
             both = mx.stack([gate, up], axis=2).reshape(gate.shape[0], -1, *gate.shape[2:])
             tensors[self.hf.format(**found)] = both.swapaxes(-1, -2) if both.ndim == 3 else both
 
@@ -113,10 +113,9 @@ class StackHalves:
     hf: str
 
     def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if (found := fit(self.gate, name)) is not None:
-                halves = [tensors.pop(name), tensors.pop(self.up.format(**found))]
-                tensors[self.hf.format(**found)] = mx.concatenate(halves, axis=1)
+        for gate, found in take(tensors, self.gate):
+            up = tensors.pop(self.up.format(**found))
+            tensors[self.hf.format(**found)] = mx.concatenate([gate, up], axis=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,9 +126,8 @@ class TransposedExperts:
     hf: str
 
     def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if (found := fit(self.mlx, name)) is not None:
-                tensors[self.hf.format(**found)] = tensors.pop(name).swapaxes(-1, -2)
+        for stack, found in take(tensors, self.mlx):
+            tensors[self.hf.format(**found)] = stack.swapaxes(-1, -2)
 
 
 def _experts(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
-from mlxlora.files import new_directory, refuse_existing, sync
+from mlxlora.files import human_bytes, new_directory, refuse_existing, sync
 from mlxlora.progress import Progress
 from mlxlora_convert.gguf_options import GGUFImportOptions, GGUFOptions
 from mlxlora_convert.hf_options import HuggingFaceOptions
@@ -201,7 +201,7 @@ class ExportResult:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {FORMATS[self.format].title}, {len(self.files)} files, {self.bytes / 1e6:.1f} MB"]
+        lines = [f"{self.out}: {FORMATS[self.format].title}, {len(self.files)} files, {human_bytes(self.bytes)}"]
         lines += [str(self.check)] if self.check else []
         folder = self.out if FORMATS[self.format].suffix == "" else self.out.parent
         return "\n".join([*lines, *self.notes, "", f"next: mlxlora upload {folder} --repo OWNER/NAME"])

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxlora import weights
-from mlxlora.files import check_safetensors
+from mlxlora.files import check_safetensors, human_bytes
 from mlxlora.parameters import flat
 from mlxlora_convert.export import FORMATS, ExportJob, function
 from mlxlora_convert.names import Names
@@ -54,7 +54,7 @@ def _refuse_large(model: BaseModel) -> None:
     needed, there = 2 * BYTES_PER_WEIGHT * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > SHARE * there:
         raise NotReadBack(
-            f"Not read back: that would take {needed / 1e9:.0f} GB of memory, this machine has {there / 1e9:.0f} GB."
+            f"Not read back: that would take {human_bytes(needed)} of memory, this machine has {human_bytes(there)}."
         )
 
 

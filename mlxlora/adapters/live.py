@@ -22,7 +22,6 @@ from mlxlora.adapters.dora import DoRAEmbedding, DoRALinear
 from mlxlora.adapters.files import Adapter, check_scale, parse_spec, read_adapter
 from mlxlora.adapters.inject import get_module, injected, layer_type, set_module
 from mlxlora.adapters.layer import AdapterLayer, Wrapper, base_of
-from mlxlora.adapters.lora import LoRAEmbedding
 from mlxlora.adapters.state import check_fits
 from mlxlora.errors import AdapterError, ConfigError, UnsupportedError, nearest
 
@@ -63,21 +62,23 @@ class LiveLayer(Wrapper):
 
     parts: list[tuple[LiveAdapter, AdapterLayer, tuple[Any, ...]]]
 
-    def active(self) -> Iterator[tuple[float, AdapterLayer, tuple[Any, ...]]]:
-        """Scale, layer and what to call its effect with, of every adapter that is not off."""
+    def added(self, base: mx.array, effect: Callable[[Any, tuple[Any, ...]], mx.array]) -> mx.array:
+        """`base` and, times its scale, the effect of every adapter that is not off.
+
+        effect: of an adapted layer and of what is kept for it, to be passed on to its `effect`
+        """
+        total = base
         for owner, layer, kept in self.parts:
             if owner.scale:
-                yield owner.scale, layer, kept
+                total = total + owner.scale * effect(layer, kept)
+        return total
 
     def adapted(self) -> mx.array:
         base = weights.dense(self.base)
-        total = base
-        for scale, layer, _ in self.active():
-            total = total + scale * (layer.adapted() - base)
-        return total
+        return self.added(base, lambda layer, kept: layer.adapted() - base)
 
     def changes(self) -> bool:
-        return any(layer.changes() for _, layer, _ in self.active())
+        return any(owner.scale and layer.changes() for owner, layer, _ in self.parts)
 
     def _extra_repr(self) -> str:
         return ", ".join(f"{owner.name}={owner.scale:g}" for owner, _, _ in self.parts)
@@ -88,10 +89,7 @@ class LiveLinear(LiveLayer):
 
     def __call__(self, x: mx.array) -> mx.array:
         base: mx.array = self.base(x)
-        y = base
-        for scale, layer, kept in self.active():
-            y = y + scale * layer.effect(x, base, *kept)
-        return y
+        return self.added(base, lambda layer, kept: layer.effect(x, base, *kept))
 
 
 class LiveSwitchLinear(LiveLayer):
@@ -99,10 +97,7 @@ class LiveSwitchLinear(LiveLayer):
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         base: mx.array = self.base(x, indices, sorted_indices=sorted_indices)
-        y = base
-        for scale, layer, _ in self.active():
-            y = y + scale * layer.effect(x, base, indices, sorted_indices)
-        return y
+        return self.added(base, lambda layer, kept: layer.effect(x, base, indices, sorted_indices))
 
 
 class LiveEmbedding(LiveLayer):
@@ -112,19 +107,12 @@ class LiveEmbedding(LiveLayer):
 
     def __call__(self, tokens: mx.array) -> mx.array:
         base: mx.array = self.base(tokens)
-        y = base
-        for scale, layer, kept in self.active():
-            y = y + scale * layer.effect(tokens, base, *kept)
-        return y
+        return self.added(base, lambda layer, kept: layer.effect(tokens, base, *kept))
 
     def as_linear(self, x: mx.array) -> mx.array:
         """The tied head: scores for every token."""
         base: mx.array = self.base.as_linear(x)
-        y = base
-        for scale, layer, kept in self.active():
-            assert isinstance(layer, LoRAEmbedding)
-            y = y + scale * layer.effect_as_linear(x, base, *kept)
-        return y
+        return self.added(base, lambda layer, kept: layer.effect_as_linear(x, base, *kept))
 
 
 class Adapters:

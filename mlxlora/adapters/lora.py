@@ -11,6 +11,7 @@ These are the layouts of mlx-lm's adapter files.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import mlx.core as mx
@@ -25,9 +26,9 @@ class LoRA(AdapterLayer):
     lora_a: mx.array
     lora_b: mx.array
 
+    @abstractmethod
     def product(self) -> mx.array:
         """The product of the factors in the shape of the base weight, without the scale."""
-        raise NotImplementedError
 
     def adapted(self) -> mx.array:
         return weights.dense(self.base) + self.scale * self.product()

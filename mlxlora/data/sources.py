@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, TextIO
 from mlxlora.data.json_rows import BAD, LONGEST_LINE, ROW_ADVICE, Row, decoded, parse_json, read_json
 from mlxlora.data.problems import Problems, kind_of, reason_of
 from mlxlora.errors import DataError
+from mlxlora.files import human_bytes
 
 LARGEST_TEXT = 256 * 1024 * 1024  # bytes of one plain-text file: it is one document
 
@@ -55,7 +56,7 @@ def _lines(file: BinaryIO, name: str, problems: Problems) -> Iterator[tuple[int,
             problems.add(
                 name,
                 number,
-                f"the line is {size / 1e6:,.0f} MB long; {LONGEST_LINE // 2**20} MiB are allowed",
+                f"the line is {human_bytes(size)} long; {human_bytes(LONGEST_LINE)} are allowed",
                 "Is the file one JSON array? Then name it *.json. Otherwise split the row.",
             )
             continue
@@ -137,7 +138,7 @@ def read_text(file: BinaryIO, name: str, problems: Problems) -> Iterator[Row]:
     """Plain text or Markdown: the file is one document."""
     raw = file.read(LARGEST_TEXT + 1)
     if len(raw) > LARGEST_TEXT:
-        problems.add(name, 0, f"longer than {LARGEST_TEXT // 2**20} MiB", "Split the text into several files.")
+        problems.add(name, 0, f"longer than {human_bytes(LARGEST_TEXT)}", "Split the text into several files.")
         return
     if raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\x00" in raw[:4096]:
         problems.add(name, 1, "the file is UTF-16 or binary, not UTF-8 text", "Save it as UTF-8.")

@@ -125,11 +125,6 @@ class RunDirectory:
         self._lock.release()
 
     @property
-    def resumes(self) -> bool:
-        """Whether an unfinished run stands here that goes on (it may have no checkpoint yet)."""
-        return self._resumes
-
-    @property
     def metrics_path(self) -> Path:
         """Where the events go, one JSON object a line."""
         return self.path / "metrics.jsonl"

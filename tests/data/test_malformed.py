@@ -81,7 +81,7 @@ CASES: dict[str, tuple[str, bytes | Callable[[], bytes], str]] = {
     "deep nesting": ("a.jsonl", b'{"text": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "a.jsonl:1: nested too deeply"),
     "half a surrogate": ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl:1: .*surrogate"),
     "huge number": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", "a.jsonl:1"),
-    "long line": ("a.jsonl", b'{"text": "' + b"a" * 100_000_000 + b'"}\n', "a.jsonl:1: the line is 100 MB long"),
+    "long line": ("a.jsonl", b'{"text": "' + b"a" * 100_000_000 + b'"}\n', "a.jsonl:1: the line is 100.0 MB long"),
     "unknown keys": ("a.jsonl", row(frage="a", antwort="b"), "a.jsonl:1: the keys 'frage', 'antwort'.*columns"),
     "a key misspelt": ("a.jsonl", row(mesages=[ASKED, SAID]), "a.jsonl:1: .*'messages' is missing"),
     "no keys": ("a.jsonl", b"{}\n", "a.jsonl:1: the keys no keys"),

@@ -70,14 +70,14 @@ def test_save_and_latest_are_exact(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-0000020", "step-0000030"]
     with RunDirectory.open(tmp_path / "run", identity=IDENTITY) as run:
         found = run.latest()
-        assert run.resumes and found is not None and same(found, state(30)) and not run.notices
+        assert found is not None and same(found, state(30)) and not run.notices
     best = mx.load(str(tmp_path / "run" / "best" / "adapters.safetensors"))
     assert mx.array_equal(best["layers.0.lora_a"], state(20).adapter["layers.0.lora_a"]).item()
 
 
 def test_a_new_run_has_nothing_and_leaves_nothing_unless_begun(tmp_path: Path) -> None:
     with RunDirectory.open(tmp_path / "deep" / "run", identity=IDENTITY) as run:
-        assert run.latest() is None and not run.resumes
+        assert run.latest() is None
     assert not (tmp_path / "deep" / "run").exists()
     with pytest.raises(RuntimeError, match="write_config"), RunDirectory.open(tmp_path / "r", identity=IDENTITY) as run:
         save(run, 1)
@@ -180,7 +180,7 @@ def test_metrics_are_cut_back_to_the_checkpoint(tmp_path: Path) -> None:
         '{"event": "validation", "step": 0}\n{"event": "step", "step": 1}\n'
     )
     with RunDirectory.open(tmp_path / "early", identity=IDENTITY) as run:
-        assert run.resumes and run.latest() is None and run.metrics_path.read_text() == ""
+        assert run.latest() is None and run.metrics_path.read_text() == ""
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
