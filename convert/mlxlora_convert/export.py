@@ -1,6 +1,6 @@
 """The doors: `export` and `import_`, thin dispatch over one table of formats.
 
-A format is a module of this package with three functions, named in `FORMATS`:
+A format is one or two modules of this package, named in `FORMATS`: one that reads, and one that writes and reads back.
 
     write(job: ExportJob) -> list[str]                 fill job.out, which export() publishes by rename; returns notes
     read(job: ImportJob) -> list[str]                  fill job.out from job.source; returns notes
@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -40,9 +40,8 @@ class Format:
     """One foreign format.
 
     title:     what a person calls it
-    write:     `module:function` that writes it, or None when it can only be read
-    read:      `module:function` that reads it, or None when it can only be written
-    read_back: `module:function` that runs its real reader
+    writer:    the module that writes it and runs its real reader, or None when it can only be read
+    reader:    the module that reads it, or None when it can only be written
     options:   names of the option groups (parameters of `export`) that writing it takes
     read_options: those (parameters of `import_`) that reading it takes
     marks:     file names (glob) by which a directory or file of this format is recognised
@@ -51,9 +50,8 @@ class Format:
     """
 
     title: str
-    write: str | None = None
-    read: str | None = None
-    read_back: str | None = None
+    writer: str | None = None
+    reader: str | None = None
     options: tuple[str, ...] = ()
     read_options: tuple[str, ...] = ()
     marks: tuple[str, ...] = ()
@@ -65,39 +63,34 @@ class Format:
 FORMATS: dict[str, Format] = {
     "hf": Format(
         "Hugging Face model",
-        write="huggingface:write",
-        read_back="huggingface:read_back",
+        writer="huggingface",
         options=("hf",),
     ),
     "mlx": Format(
         "MLX model",
-        write="mlx_model:write",
-        read_back="mlx_model:read_back",
+        writer="mlx_model",
         options=("mlx",),
     ),
     "peft": Format(
         "Hugging Face PEFT adapter",
-        write="peft_adapter:write",
-        read="peft_adapter:read",
-        read_back="peft_adapter:read_back",
+        writer="peft_adapter",
+        reader="peft_adapter",
         options=("peft",),
         marks=("adapter_model.safetensors", "adapter_model.bin"),
         adapter=True,
     ),
     "mlx-lm": Format(
         "mlx-lm adapter",
-        write="mlxlm_adapter:write",
-        read="mlxlm_adapter:read",
-        read_back="mlxlm_adapter:read_back",
+        writer="mlxlm_adapter",
+        reader="mlxlm_adapter",
         read_options=("mlx_lm",),
         marks=("adapters.safetensors", "adapters.npz"),
         adapter=True,
     ),
     "gguf": Format(
         "GGUF model",
-        write="gguf_file:write",
-        read="gguf_import:read",
-        read_back="gguf_file:read_back",
+        writer="gguf_file",
+        reader="gguf_import",
         options=("gguf",),
         read_options=("gguf",),
         marks=("*.gguf",),
@@ -105,21 +98,18 @@ FORMATS: dict[str, Format] = {
     ),
     "gguf-lora": Format(
         "GGUF LoRA adapter",
-        write="gguf_lora:write",
-        read_back="gguf_lora:read_back",
+        writer="gguf_lora",
         suffix=".gguf",
         adapter=True,
     ),
     "ollama": Format(
         "Ollama directory (GGUF and Modelfile)",
-        write="ollama:write",
-        read_back="ollama:read_back",
+        writer="ollama",
         options=("ollama",),
     ),
     "lmstudio": Format(
         "LM Studio model",
-        write="lmstudio:write",
-        read_back="lmstudio:read_back",
+        writer="lmstudio",
         options=("lmstudio",),
     ),
 }
@@ -262,7 +252,7 @@ def export(
 
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
-    chosen = _format(to, "write")
+    chosen = _format(to, "writer")
     options = _options(
         f"--to {to}", chosen.options, peft=peft, mlx=mlx, gguf=gguf, hf=hf, ollama=ollama, lmstudio=lmstudio
     )
@@ -274,7 +264,7 @@ def export(
     with _scratch(out, file=bool(chosen.suffix)) as scratch:
         adapters = tuple(adapter or ())
         job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, adapters, any_base, out)
-        notes = list(function(chosen.write)(job))
+        notes = list(module(chosen.writer).write(job))
         seen = _read_back(chosen, job, notes) if check else None
         files = [scratch] if scratch.is_file() else sorted(path for path in scratch.rglob("*") if path.is_file())
         names = tuple(path.name if path == scratch else str(path.relative_to(scratch)) for path in files)
@@ -313,11 +303,11 @@ def import_(
     """
     source, out = Path(source), Path(out)
     name = format if format is not None else recognise(source)
-    chosen = _format(name, "read")
+    chosen = _format(name, "reader")
     options = _options(f"--format {name}", chosen.read_options, mlx_lm=mlx_lm, gguf=gguf)
     with new_directory(out) as scratch:
         job = ImportJob(scratch, model, options, revision, trust_remote_code, on_progress, source)
-        notes = function(chosen.read)(job)
+        notes = module(chosen.reader).read(job)
     trial = f"mlxlora chat --model {model} --adapter {out}" if chosen.adapter else f"mlxlora chat --model {out}"
     return ImportResult(name, source, out, tuple(notes), trial)
 
@@ -333,12 +323,12 @@ def recognise(source: Path) -> str:
     found = [
         name
         for name, known in FORMATS.items()
-        if known.read and any(path.match(mark) for path in names for mark in known.marks)
+        if known.reader and any(path.match(mark) for path in names for mark in known.marks)
     ]
     if len(found) == 1:
         return found[0]
     looked = "\n".join(
-        f"  {name}: {', '.join(known.marks)}" for name, known in FORMATS.items() if known.read and known.marks
+        f"  {name}: {', '.join(known.marks)}" for name, known in FORMATS.items() if known.reader and known.marks
     )
     what = f"could be {' or '.join(found)}" if found else "is in no format that can be read"
     if any(path.name == "config.json" for path in names):
@@ -346,12 +336,12 @@ def recognise(source: Path) -> str:
     raise ConfigError(f"{source} {what}. Say which with --format. A format is recognised by:\n{looked}")
 
 
-def _format(name: str, direction: Literal["write", "read"]) -> Format:
+def _format(name: str, direction: Literal["writer", "reader"]) -> Format:
     possible = [known for known, entry in FORMATS.items() if getattr(entry, direction)]
     if name not in FORMATS:
         raise ConfigError(f"'{name}' is no known format.{nearest(name, possible)} Known: {', '.join(possible)}.")
     if name not in possible:
-        verb = {"write": "written", "read": "read"}[direction]
+        verb = {"writer": "written", "reader": "read"}[direction]
         raise UnsupportedError(f"{FORMATS[name].title} cannot be {verb}. Possible: {', '.join(possible)}.")
     return FORMATS[name]
 
@@ -369,20 +359,16 @@ def _options(chosen: str, allowed: tuple[str, ...], **given: Any) -> tuple[Any, 
     return tuple(set_.values())
 
 
-def function(reference: str | None) -> Callable[..., Any]:
-    """`module:function` of this package, imported when it is needed."""
-    assert reference is not None
-    module, _, function = reference.partition(":")
-    found: Callable[..., Any] = getattr(importlib.import_module(f"mlxlora_convert.{module}"), function)
-    return found
+def module(name: str | None) -> Any:
+    """A module of this package, imported when it is needed."""
+    assert name is not None  # `_format` has looked
+    return importlib.import_module(f"mlxlora_convert.{name}")
 
 
 def _read_back(chosen: Format, job: ExportJob, notes: list[str]) -> ReadBack | None:
     """Let the real reader read what was written. Raises MlxLoraError when it sees another model."""
-    if chosen.read_back is None:
-        return None
     try:
-        seen: ReadBack = function(chosen.read_back)(job, Probe(job))
+        seen: ReadBack = module(chosen.writer).read_back(job, Probe(job))
     except NotReadBack as reason:
         notes.append(str(reason))
         return None

@@ -17,7 +17,8 @@ import numpy.typing as npt
 from mlxlora import weights
 from mlxlora.files import check_safetensors, human_bytes
 from mlxlora.parameters import flat
-from mlxlora_convert.export import FORMATS, ExportJob, function
+from mlxlora_convert import huggingface
+from mlxlora_convert.export import ExportJob
 from mlxlora_convert.names import Names
 from mlxlora_convert.ours import BaseModel
 from mlxlora_convert.probe import NotReadBack
@@ -59,11 +60,8 @@ def _refuse_large(model: BaseModel) -> None:
 
 
 def _written(job: ExportJob, out: Path) -> Path:
-    known = FORMATS.get("hf")
-    if known is None or known.write is None:
-        raise NotReadBack("Not read back: this base cannot be written for transformers.")
     out.mkdir()
-    function(known.write)(replace(job, out=out, adapter=(), options=(), on_progress=None))
+    huggingface.write(replace(job, out=out, adapter=(), options=(), on_progress=None))
     return out
 
 

@@ -20,9 +20,9 @@ def test_every_format_is_documented(name: str) -> None:
     row = next((line for line in table.splitlines() if line.startswith("|") and f"(`{name}`)" in line), "")
     assert row, f"convert/README.md has no row for `{name}`"
     written, read = row.split("|")[2].strip(), row.split("|")[3].strip()
-    assert (written == "✓") == bool(entry.write), f"convert/README.md is wrong about writing `{name}`"
-    assert (read == "✓") == bool(entry.read), f"convert/README.md is wrong about reading `{name}`"
-    if entry.write:
+    assert (written == "✓") == bool(entry.writer), f"convert/README.md is wrong about writing `{name}`"
+    assert (read == "✓") == bool(entry.reader), f"convert/README.md is wrong about reading `{name}`"
+    if entry.writer:
         page = (ROOT / "docs" / "export.md").read_text()
         line = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), "")
         assert line, f"docs/export.md has no row for `{name}`"

@@ -23,8 +23,8 @@ class Shout:
 
 @pytest.fixture
 def formats(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
-    """Two formats made here: one writes a directory, the other one file; the test sets what the reader sees."""
-    module = types.ModuleType("mlxlora_convert.shouting")
+    """Formats made here: one writes a directory, one a file, one has no reader; the test sets what the reader sees."""
+    shouting, filing, alone = (types.ModuleType(name) for name in ("shouting", "filing", "alone"))
 
     def write(job: doors.ExportJob) -> list[str]:
         job.out.mkdir(exist_ok=True)
@@ -36,22 +36,25 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
         return []
 
     def read_back(job: doors.ExportJob, probe: object) -> ReadBack:
-        return ReadBack("the reader", 64, module.seen, 1e-3)
+        return ReadBack("the reader", 64, shouting.seen, 1e-3)
 
     def missing(job: doors.ExportJob, probe: object) -> ReadBack:
         raise ReaderMissing("the reader", "pip install reader")
 
-    vars(module).update(write=write, write_file=write_file, read_back=read_back, missing=missing, seen=1e-6)
-    monkeypatch.setitem(sys.modules, "mlxlora_convert.shouting", module)
+    vars(shouting).update(write=write, read_back=read_back, seen=1e-6)
+    vars(filing).update(write=write_file, read_back=read_back)
+    vars(alone).update(write=write, read_back=missing)
+    for made in (shouting, filing, alone):
+        monkeypatch.setitem(sys.modules, f"mlxlora_convert.{made.__name__}", made)
     entries = {
-        "shout": doors.Format("shout", write="shouting:write", read_back="shouting:read_back", options=("shout",)),
-        "one": doors.Format("one file", write="shouting:write_file", suffix=".one", marks=("*.one",)),
-        "alone": doors.Format("adapter", write="shouting:write", read_back="shouting:missing", adapter=True),
-        "readable": doors.Format("readable", read="shouting:write", marks=("*.readable",)),
+        "shout": doors.Format("shout", writer="shouting", options=("shout",)),
+        "one": doors.Format("one file", writer="filing", suffix=".one", marks=("*.one",)),
+        "alone": doors.Format("adapter", writer="alone", adapter=True),
+        "readable": doors.Format("readable", reader="shouting", marks=("*.readable",)),
     }
     for name, entry in entries.items():
         monkeypatch.setitem(doors.FORMATS, name, entry)
-    return module
+    return shouting
 
 
 def test_what_is_written_is_published_with_what_the_reader_saw(formats: types.ModuleType, tmp_path: Path) -> None:
@@ -110,6 +113,8 @@ def test_formats_are_recognised_by_their_files(formats: types.ModuleType, tmp_pa
 
 def test_every_function_of_the_table_exists() -> None:
     for name, entry in doors.FORMATS.items():
-        for reference in (entry.write, entry.read, entry.read_back):
-            assert reference is None or callable(doors.function(reference)), name
-        assert entry.write or entry.read, name
+        assert entry.writer or entry.reader, name
+        if entry.writer:
+            assert callable(doors.module(entry.writer).write) and callable(doors.module(entry.writer).read_back), name
+        if entry.reader:
+            assert callable(doors.module(entry.reader).read), name
