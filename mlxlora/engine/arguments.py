@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -24,38 +24,38 @@ class _Array:
 ARRAY = _Array()
 
 
+# An inner function that calls itself would be a cycle of references, and what it saw would live until Python next looks
+# for cycles: whole blocks' worth of arrays. Hence functions of the module.
 def take_apart(value: Any) -> tuple[list[mx.array], Any]:
     """The arrays in `value` (nested tuples, lists and dicts), and `value` with a mark for each."""
     arrays: list[mx.array] = []
+    return arrays, _taken_out(value, arrays)
 
-    def walk(value: Any) -> Any:
-        if isinstance(value, mx.array):
-            arrays.append(value)
-            return ARRAY
-        if type(value) in (tuple, list):
-            return type(value)(walk(item) for item in value)
-        if type(value) is dict:
-            return {key: walk(item) for key, item in value.items()}
-        return value
 
-    form = walk(value)
-    return arrays, form
+def _taken_out(value: Any, arrays: list[mx.array]) -> Any:
+    if isinstance(value, mx.array):
+        arrays.append(value)
+        return ARRAY
+    if type(value) in (tuple, list):
+        return type(value)(_taken_out(item, arrays) for item in value)
+    if type(value) is dict:
+        return {key: _taken_out(item, arrays) for key, item in value.items()}
+    return value
 
 
 def put_together(arrays: Sequence[mx.array], form: Any) -> Any:
     """The inverse of `take_apart`."""
-    rest = iter(arrays)
+    return _put_in(form, iter(arrays))
 
-    def walk(value: Any) -> Any:
-        if value is ARRAY:
-            return next(rest)
-        if type(value) in (tuple, list):
-            return type(value)(walk(item) for item in value)
-        if type(value) is dict:
-            return {key: walk(item) for key, item in value.items()}
-        return value
 
-    return walk(form)
+def _put_in(value: Any, rest: Iterator[mx.array]) -> Any:
+    if value is ARRAY:
+        return next(rest)
+    if type(value) in (tuple, list):
+        return type(value)(_put_in(item, rest) for item in value)
+    if type(value) is dict:
+        return {key: _put_in(item, rest) for key, item in value.items()}
+    return value
 
 
 class BatchForm:

@@ -30,6 +30,9 @@ from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 
+Part = tuple[str, int]  # a part of the step, and the block that it belongs to (−1: none)
+FINISH, END = ("finish", -1), ("end", -1)
+
 
 class NotAChain(Exception):
     """This model does more than hand one array from block to block; says what."""
@@ -48,6 +51,8 @@ class Chain:
         self._calls: dict[Any, list[tuple[Call, list[int]]]] = {}
         self._frozen: FrozenStates | None = None
         self.send: Callable[..., None] = mx.async_eval  # how a block's work goes to the device; `mx.eval` waits for it
+        self.running: Sequence[int] = range(len(self.blocks))  # what a step runs; fewer while its parts are measured
+        self.part: Part = END  # what is computed now
         self.first = next((index for index, block in enumerate(self.blocks) if block.learns), len(self.blocks))
 
     def close(self) -> None:
@@ -272,7 +277,8 @@ class Chain:
         if self._frozen is not None and gradients and bool(mx.any(batch.weights != 0).item()):
             x, skipped = self._frozen.rows(batch), self.first
             inputs, kept = [None] * skipped, [[] for _ in range(skipped)]
-        for index in range(skipped, len(self.blocks)):
+        for index in self.running[skipped:]:
+            self.part = ("forward", index)
             block, (call, sides) = self.blocks[index], calls[index]
             keeps = gradients and (index >= self.first or self._starts_learning)
             inputs.append(x if keeps else None)
@@ -282,21 +288,23 @@ class Chain:
             )
             kept.append(products)
             self.send(x, *products)
+        self.part = FINISH
         outcome, slope, outer_grads = self.finish(objective, batch, layout, outer, x, gradients)
         if slope is None:
             return outcome, {}
         self.send(outcome[0], outcome[1], slope, *outer_grads)
         del x
         grads: dict[str, mx.array] = {}
-        for index in reversed(range(self.first if not self._starts_learning else 0, len(self.blocks))):
+        for index in reversed([index for index in self.running if index >= self.lowest]):
+            self.part = ("backward", index)
             block, (call, sides) = self.blocks[index], calls[index]
             given = inputs.pop()
             while given is None:
                 given = inputs.pop()
-            further = index > self.first or self._starts_learning
+            further = self.further(index)
             assert slope is not None
             key_of = None if keys is None else keys[index]
-            products = kept.pop(index)
+            products = kept.pop()
             if grade == "inputs":
                 products = self.functions.forward(block, call, layout, True, given, sides, key_of)[1]
             found, slope = self.functions.backward(block, call, layout, given, sides, key_of, products, slope, further)
@@ -306,12 +314,22 @@ class Chain:
             path = self._anatomy.paths[index]
             for at, grad in zip(block.slots.trainable, found, strict=True):
                 grads[f"{path}.{block.slots.paths[at]}"] = grad
+        self.part = END
         if self._starts_learning and slope is not None:
             more = self.start_gradient(batch.tokens, layout, outer, slope)
             outer_grads = [a + b for a, b in zip(outer_grads, more, strict=True)]
         for at, grad in zip(self.outside.trainable, outer_grads, strict=True):
             grads[self.outside.paths[at]] = grad
         return outcome, grads
+
+    @property
+    def lowest(self) -> int:
+        """The first block that has a backward pass."""
+        return 0 if self._starts_learning else self.first
+
+    def further(self, index: int) -> bool:
+        """Whether the gradient goes on below that block."""
+        return index > self.first or self._starts_learning
 
     @property
     def _starts_learning(self) -> bool:

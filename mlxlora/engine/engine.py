@@ -9,6 +9,7 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlxlora.data.sample import Batch
+from mlxlora.engine.account import Account, account
 from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
 from mlxlora.engine.blocks import Grade
 from mlxlora.engine.chain import Chain, NotAChain
@@ -110,6 +111,12 @@ class Engine:
         config = self.config
         chain.keep_frozen(config.frozen_cache * 1e9, config.frozen_cache_dir, self._linear, config.attention_chunk)
         return chain
+
+    def account(self, objective: Objective, batch: Batch, key: mx.array | None = None) -> Account | None:
+        """What `value_and_grad` takes for such a batch, from a step over a few blocks; None where it is one graph."""
+        if self._chain is None:
+            return None
+        return account(self._chain, self._grade(), objective, batch, self._layout(batch), key)
 
     def close(self) -> None:
         """Let go of the network and of all that was compiled for it."""

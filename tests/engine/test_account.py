@@ -1,0 +1,93 @@
+"""What the engine says a step takes, against what a step then takes."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlxlora.adapters import AdapterConfig, inject
+from mlxlora.data.sample import Batch
+from mlxlora.engine import Engine, EngineConfig
+from mlxlora.engine.account import Taken, peak
+from mlxlora.objectives.sft import sft
+from tests import tiny
+
+LAYERS = 6
+
+
+def prepared(family: str, adapter: AdapterConfig, grade: Any) -> tuple[Engine, Batch]:
+    network = tiny.network(family, num_hidden_layers=LAYERS, hidden_size=64, intermediate_size=160)
+    inject(network, adapter)
+    tokens = mx.arange(2 * 200).reshape(2, 200) % tiny.VOCABULARY
+    places = mx.arange(0, 390, 2)
+    batch = Batch(tokens, places, tokens.flatten()[places + 1], mx.ones(places.size))
+    return Engine(network, EngineConfig(checkpoint_blocks=grade)), batch
+
+
+def real(engine: Engine, batch: Batch) -> int:
+    """The most of three steps."""
+    found = 0
+    for _ in range(3):
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
+        found = max(found, mx.get_peak_memory() - before)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "adapter", "grade"),
+    [
+        ("llama", AdapterConfig(rank=4), "products"),
+        ("llama", AdapterConfig(rank=4, layers=3), "inputs"),
+        ("llama", AdapterConfig(type="full"), "inputs"),
+        ("gemma3", AdapterConfig(rank=4), "products"),
+        ("deepseek_v3", AdapterConfig(rank=4), "products"),
+    ],
+    ids=["lora", "upper-blocks", "full", "two-kinds", "experts"],
+)
+def test_a_few_blocks_tell_what_all_take(family: str, adapter: AdapterConfig, grade: Any) -> None:
+    engine, batch = prepared(family, adapter, grade)
+    found = engine.account(sft, batch, mx.random.key(0))
+    assert found is not None
+    assert found.peak == pytest.approx(real(engine, batch), rel=0.08)
+    assert found.seconds > 0
+    engine.close()
+
+
+@pytest.mark.parametrize("checkpoint", ["inputs", "none"])
+def test_no_array_waits_for_the_garbage_collector(checkpoint: Any) -> None:
+    """A cycle of references would let a block's insides live on by chance."""
+    engine, batch = prepared("llama", AdapterConfig(rank=4, dropout=0.1), checkpoint)
+    mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
+    gc.collect()
+    gc.disable()
+    gc.set_debug(gc.DEBUG_SAVEALL)
+    try:
+        mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
+        mx.eval(engine.evaluate(sft, batch))
+        gc.collect()
+        assert not [type(one) for one in gc.garbage if isinstance(one, mx.array)]
+    finally:
+        gc.set_debug(0)
+        gc.enable()
+        gc.garbage.clear()
+
+
+def test_a_measured_step_is_the_same_step_afterwards() -> None:
+    engine, batch = prepared("llama", AdapterConfig(rank=4, dropout=0.2), "products")
+    before = engine.value_and_grad(sft, batch, mx.random.key(3))
+    engine.account(sft, batch, mx.random.key(0))
+    after = engine.value_and_grad(sft, batch, mx.random.key(3))
+    assert before[0].item() == after[0].item()
+    assert len(dict(after[3])) == len(dict(before[3]))
+
+
+def test_the_peak_is_that_of_the_parts_in_their_order() -> None:
+    parts = [Taken(5, 3, 0.0), Taken(4, 3, 0.0), Taken(9, 0, 0.0), Taken(2, -3, 0.0), Taken(2, -3, 0.0)]
+    assert peak(parts) == 3 + 3 + 9
+    assert peak(parts[:2]) == 7 and peak([]) == 0
