@@ -179,7 +179,7 @@ def silently_wrong(config: Config) -> list[str]:
         found.append(f"mlx-lm's glm rotates another part of each head than this model's {partial:g}: logits differ.")
     scaling = text.get("rope_scaling")
     scaled = isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) in ("longrope", "su")
-    if kind in ("phi3", "phimoe") and scaled:
+    if scaled:
         original = text.get("original_max_position_embeddings", 4096)
         found.append(
             f"mlx-lm uses longrope's long factors at every length; this model was made with its short factors for "

@@ -144,11 +144,11 @@ NEIGHBOURS = ("rope_traditional", False, "llama.cpp's rotary form for this archi
 FAMILIES: tuple[Family, ...] = (
     Family(
         "llama", "llama", LLAMA, BASE, "LlamaForCausalLM",
-        scalings=("linear", "llama3", "yarn"), from_names=GATES,
+        scalings=("linear", "llama3", "yarn", "longrope"), from_names=GATES,
     ),
     Family(
         "mistral", "llama", LLAMA, BASE, "MistralForCausalLM",
-        scalings=("linear", "llama3", "yarn"), from_names=GATES,
+        scalings=("linear", "llama3", "yarn", "longrope"), from_names=GATES,
     ),
     Family(
         "mixtral", "llama", ENDS + ROTARY_ATTENTION + NORMS + experts("block_sparse_moe"),
@@ -242,7 +242,7 @@ FAMILIES: tuple[Family, ...] = (
             Field("embedding_scale", "embedding_multiplier", "float32"),
             Field("residual_scale", "residual_multiplier", "float32"),
         ),
-        "GraniteForCausalLM", scalings=("linear",), from_names=GATES,
+        "GraniteForCausalLM", scalings=("linear", "longrope"), from_names=GATES,
     ),
     Family(
         "cohere", "command-r",

@@ -116,6 +116,7 @@ def metadata(architecture: str, config: dict[str, Any], head: int) -> dict[str, 
         if abs(yarn_mscale(scaling) - usual) > 1e-6:  # llama.cpp multiplies the usual one with this
             values["scaling.attn_factor"] = ("float32", yarn_mscale(scaling) / usual)
     if kind == "longrope":
+        values["scaling.type"] = ("string", kind)
         values["scaling.original_context_length"] = ("uint32", original_context(config))
         values["scaling.attn_factor"] = ("float32", longrope_mscale(config))
     return {f"{architecture}.rope.{key}": value for key, value in values.items()}

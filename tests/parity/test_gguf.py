@@ -30,6 +30,10 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {
+    "rope_type": "longrope", "type": "longrope", "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.0, 2.0, 4.0, 7.0], "original_max_position_embeddings": 32,
+}  # fmt: skip
 GEMMA = {"hidden_size": 64}  # whose root is exact in bfloat16, in which MLX's Gemma 3 rounds it
 # family, changes to the tiny configuration, bound
 CASES: list[tuple[str, dict[str, Any], float]] = [
@@ -40,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any], float]] = [
     ("llama", {"rope_scaling": LLAMA3, "head_dim": 32}, EXACT),
     ("llama", {"rope_scaling": {**YARN, "beta_fast": 32.0, "beta_slow": 1.0}, "head_dim": 32}, EXACT),
     ("llama", {"rope_scaling": {**YARN, "mscale": 0.5, "mscale_all_dim": 0.25}, "head_dim": 32}, EXACT),
+    ("llama", {"rope_scaling": LONGROPE}, EXACT),
     ("mistral", {}, EXACT),
     ("mixtral", {}, EXACT),
     ("qwen2", {}, EXACT),
@@ -49,6 +54,7 @@ CASES: list[tuple[str, dict[str, Any], float]] = [
     ("qwen3_moe", {}, EXACT),
     ("olmo2", {}, EXACT),
     ("granite", {}, EXACT),
+    ("granite", {"rope_scaling": LONGROPE}, EXACT),
     ("cohere", {}, EXACT),
     ("cohere", {"use_qk_norm": True, "num_hidden_layers": 64}, EXACT),
     ("smollm3", SMOLLM3, EXACT),
