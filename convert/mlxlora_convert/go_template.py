@@ -12,20 +12,47 @@ from dataclasses import dataclass, field
 from typing import Any
 
 TOKEN = re.compile(r'"(?:\\.|[^"\\])*"|:=|=|[(),|]|\$?\.?[\w.]+|\$')
-ACTION = re.compile(r'\{\{(-?)\s?((?:"(?:\\.|[^"\\])*"|[^"])*?)\s?(-?)\}\}', re.S)
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "eq": lambda first, *others: any(first == other for other in others),
-    "ne": lambda first, other: first != other,
-    "not": lambda value: not value,
-    "and": lambda *values: next((value for value in values if not value), values[-1]),
-    "or": lambda *values: next((value for value in values if value), values[-1]),
-    "len": len,
-    "slice": lambda value, start, stop=None: value[start:stop],
-}
+ACTION = re.compile(r'\{\{(-(?=\s))?((?:"(?:\\.|[^"\\])*"|[^"])*?)((?<=\s)-)?\}\}', re.S)
+SPACES = " \t\r\n"  # what trim markers take away: Go's, not Unicode's
+ESCAPES = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
 
 
 class GoTemplateError(ValueError):
     """A template uses what is not known here, or is malformed."""
+
+
+def equal(first: Any, *others: Any) -> bool:
+    """Whether `first` is one of the others, which have to be of its type."""
+    if not others or any(type(other) is not type(first) for other in others):
+        raise GoTemplateError("eq and ne compare values of one type")
+    return first in others
+
+
+def listed(value: Any) -> list[Any]:
+    """A list: what Go does with texts here goes by bytes, and with numbers by its version."""
+    if not isinstance(value, list):
+        raise GoTemplateError(f"a list was expected, found {value!r}")
+    return value
+
+
+def printed(value: Any) -> str:
+    """A value as an action writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if not isinstance(value, str | int):
+        raise GoTemplateError(f"how {type(value).__name__} is printed is not known here")
+    return str(value)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "eq": equal,
+    "ne": lambda first, other: not equal(first, other),
+    "not": lambda value: not value,
+    "and": lambda *values: next((value for value in values if not value), values[-1]),
+    "or": lambda *values: next((value for value in values if value), values[-1]),
+    "len": lambda value: len(listed(value)),
+    "slice": lambda value, start: listed(value)[start:],
+}
 
 
 @dataclass
@@ -44,7 +71,11 @@ def render(source: str, data: Mapping[str, Any]) -> str:
     nodes, rest = parse(pieces, 0)
     if rest != len(pieces):
         raise GoTemplateError("'end' or 'else' without a beginning")
-    return "".join(walk(nodes, [{"$": data}], data))
+    check(nodes, {"$"})
+    try:
+        return "".join(walk(nodes, [{"$": data}], data))
+    except (TypeError, KeyError, IndexError) as error:  # wrong arguments, or a field that is not there
+        raise GoTemplateError(f"{type(error).__name__}: {error}") from None
 
 
 def split(source: str) -> Iterator[str | list[str]]:
@@ -52,14 +83,17 @@ def split(source: str) -> Iterator[str | list[str]]:
     at, trim = 0, False
     for action in ACTION.finditer(source):
         text = source[at : action.start()]
-        text = text.lstrip() if trim else text
-        yield text.rstrip() if action[1] else text
+        text = text.lstrip(SPACES) if trim else text
+        yield text.rstrip(SPACES) if action[1] else text
         words = TOKEN.findall(action[2])
         if not words or TOKEN.sub("", action[2]).strip():
             raise GoTemplateError(f"cannot read {action[0]}")
         yield words
         at, trim = action.end(), bool(action[3])
-    yield source[at:].lstrip() if trim else source[at:]
+    rest = source[at:].lstrip(SPACES) if trim else source[at:]
+    if "{{" in rest:
+        raise GoTemplateError("an action is not closed")
+    yield rest
 
 
 def parse(pieces: list[str | list[str]], at: int) -> tuple[list[Node], int]:
@@ -97,6 +131,28 @@ def branch(pieces: list[str | list[str]], at: int, words: list[str]) -> tuple[No
     return node, at + 1
 
 
+def check(nodes: list[Node], declared: set[str]) -> None:
+    """Raise GoTemplateError for a word or a variable that is not known, also where nothing would be rendered."""
+    declared = set(declared)
+    for node in nodes:
+        words = node.words
+        names = set[str]()
+        if ":=" in words:
+            where = words.index(":=")
+            names, words = {word for word in words[:where] if word.startswith("$")}, words[where + 1 :]
+        for word in words:
+            if word.startswith("$") and word.split(".")[0] not in declared:
+                raise GoTemplateError(f"'{word}' is not declared")
+            if word[0].isalpha() and word not in (*FUNCTIONS, "if", "range", "else", "true", "false"):
+                raise GoTemplateError(f"'{word}' is not known here")
+        if node.words[:1] == ["range"]:
+            check(node.body, declared | names)
+        else:
+            declared |= names if node.words[:1] != ["if"] else set()
+            check(node.body, declared)
+        check(node.otherwise, declared)
+
+
 def walk(nodes: list[Node], scopes: list[dict[str, Any]], dot: Any) -> Iterator[str]:
     """The text of nodes. `scopes`: variables, innermost last."""
     for node in nodes:
@@ -110,7 +166,7 @@ def walk(nodes: list[Node], scopes: list[dict[str, Any]], dot: Any) -> Iterator[
         elif len(node.words) > 2 and node.words[1] in (":=", "="):
             assign(node.words, scopes, dot)
         else:
-            yield str(value_of(node.words, scopes, dot))
+            yield printed(value_of(node.words, scopes, dot))
 
 
 def each(node: Node, scopes: list[dict[str, Any]], dot: Any) -> Iterator[str]:
@@ -120,7 +176,10 @@ def each(node: Node, scopes: list[dict[str, Any]], dot: Any) -> Iterator[str]:
     if ":=" in words:
         where = words.index(":=")
         names, words = [word for word in words[:where] if word != ","], words[where + 1 :]
-    for number, item in enumerate(value_of(words, scopes, dot)):
+    items = listed(value_of(words, scopes, dot))
+    if not items:
+        yield from walk(node.otherwise, [*scopes, {}], dot)
+    for number, item in enumerate(items):
         values = {names[0]: number, names[1]: item} if len(names) == 2 else dict.fromkeys(names, item)
         yield from walk(node.body, [*scopes, values], item)
 
@@ -163,8 +222,7 @@ def value_of(words: list[str], scopes: list[dict[str, Any]], dot: Any) -> Any:
 def operand(word: str, scopes: list[dict[str, Any]], dot: Any) -> Any:
     """A string, a number, a boolean, `.`, a field, or a variable."""
     if word.startswith('"'):
-        escapes = {"n": "\n", "t": "\t", '"': '"', "\\": "\\"}
-        return re.sub(r"\\(.)", lambda match: escapes[match[1]], word[1:-1])
+        return re.sub(r"\\(.)", lambda match: ESCAPES[match[1]], word[1:-1])
     if word in ("true", "false"):
         return word == "true"
     if re.fullmatch(r"-?\d+", word):

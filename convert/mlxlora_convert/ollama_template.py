@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.errors import UnsupportedError
@@ -158,8 +157,8 @@ def write(pattern: Pattern) -> str:
 
 
 def literal(text: str) -> str:
-    """Text in a Go template; braces that would be read as an action are quoted."""
-    return text if "{{" not in text and "}}" not in text else '{{ "' + escaped(text) + '" }}'
+    """Text in a Go template; braces that would be read as an action, alone or with what follows, are quoted."""
+    return text if "{{" not in text and "}}" not in text and not text.endswith("{") else '{{ "' + escaped(text) + '" }}'
 
 
 def escaped(text: str) -> str:
@@ -182,10 +181,12 @@ def first_difference(jinja: Jinja, text: str, pattern: Pattern) -> str:
 
 
 def render(text: str, messages: Messages) -> str:
-    """A Go template as Ollama renders it: system prompts also come as `.System`."""
+    """A Go template as Ollama renders it: messages of one role in a row are one, system prompts are `.System`, too."""
+    joined: list[dict[str, str]] = []
+    for message in messages:
+        if joined and joined[-1]["Role"] == message["role"]:
+            joined[-1]["Content"] += "\n\n" + message["content"]
+        else:
+            joined.append({"Role": message["role"], "Content": message["content"]})
     system = "\n\n".join(message["content"] for message in messages if message["role"] == "system")
-    data: dict[str, Any] = {
-        "System": system,
-        "Messages": [{"Role": message["role"], "Content": message["content"]} for message in messages],
-    }
-    return go_template.render(text, data)
+    return go_template.render(text, {"System": system, "Messages": joined})

@@ -41,8 +41,12 @@ TEMPLATES = {
     "<|im_start|>assistant\n",
     "granite": "{% for m in messages %}<|start_of_role|>{{ m.role }}<|end_of_role|>{{ m.content }}<|end_of_text|>\n"
     "{% endfor %}<|start_of_role|>assistant<|end_of_role|>",
+    "olmo 2": LOOP + "{% if m.role == 'assistant' %}<|assistant|>\n{{ m.content + eos_token + '\n' }}{% else %}"
+    "<|{{ m.role }}|>\n{{ m.content }}\n{% endif %}{% if loop.last and add_generation_prompt %}<|assistant|>\n"
+    "{% endif %}{% endfor %}",
     "command r": LOOP + "<|START_OF_TURN_TOKEN|><|{{ {'user': 'USER', 'assistant': 'CHATBOT', 'system': 'SYSTEM'}"
     "[m.role] }}_TOKEN|>{{ m.content }}<|END_OF_TURN_TOKEN|>{% endfor %}<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+    "a brace before the message": "{% for m in messages %}{{ m.role }} {{ '{' }}{{ m.content }}}\n{% endfor %}go:",
     "braces in the text": "{% for m in messages %}{{ '{{' }}{{ m.role }}: \"{{ m.content }}\"\\n{{ '}}' }}\n"
     "{% endfor %}go:",
 }  # fmt: skip
@@ -96,28 +100,33 @@ def test_what_cannot_be_translated_is_refused(name: str) -> None:
         translate(REFUSED[name], VARIABLES)
 
 
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("a {{- 1 }} b", "a1 b"),
-        ("a {{ 1 -}} b", "a 1b"),
-        ('{{ if eq .A "x" }}1{{ else if .B }}2{{ else }}3{{ end }}', "2"),
-        ("{{ range $i, $x := .L }}{{ $i }}={{ $x }}{{ . }};{{ end }}", "0=pp;1=qq;"),
-        ("{{ $n := 0 }}{{ range .L }}{{ $n = . }}{{ end }}{{ $n }}", "q"),
-        ("{{ range .L }}{{ $.A }}{{ end }}", "yy"),
-        ("{{ len (slice .L 1) }}", "1"),
-        ('{{ if and .B (not .C) (ne .A "x") }}ok{{ end }}', "ok"),
-        (r'{{ "a\n\"b\" \\ {" }}', 'a\n"b" \\ {'),
-        ('{{ eq .A "x" "y" }}', "True"),
-    ],
-)
+VALUES = {"A": "y", "B": True, "C": "", "N": 1, "L": ["p", "q"]}
+LANGUAGE = [
+    ("a {{- 1 }} b", "a1 b"),
+    ("a {{ 1 -}} b", "a 1b"),
+    ('{{ if eq .A "x" }}1{{ else if .B }}2{{ else }}3{{ end }}', "2"),
+    ("{{ range $i, $x := .L }}{{ $i }}={{ $x }}{{ . }};{{ end }}", "0=pp;1=qq;"),
+    ("{{ $n := 0 }}{{ range .L }}{{ $n = . }}{{ end }}{{ $n }}", "q"),
+    ("{{ range .L }}{{ $.A }}{{ end }}", "yy"),
+    ("{{ len (slice .L 1) }}", "1"),
+    ('{{ if and .B (not .C) (ne .A "x") }}ok{{ end }}', "ok"),
+    (r'{{ "a\n\"b\" \\ {" }}', 'a\n"b" \\ {'),
+    ('{{ eq .A "x" "y" }}', "true"),
+    ("{{ range slice .L 2 }}a{{ else }}b{{ end }}", "b"),
+    ("a\u00a0 {{- 1 -}} \u3000b", "a\u00a01\u3000b"),
+]
+
+
+@pytest.mark.parametrize(("source", "expected"), LANGUAGE)
 def test_the_go_template_language(source: str, expected: str) -> None:
-    assert go_template.render(source, {"A": "y", "B": True, "C": "", "L": ["p", "q"]}) == expected
+    assert go_template.render(source, VALUES) == expected
 
 
-@pytest.mark.parametrize("source", ["{{ if .A }}", "{{ end }}", "{{ printf .A }}", "{{ $x = 1 }}", "{{ .A | len }}"])
+@pytest.mark.parametrize(
+    "source", ["{{ if .A }}", "{{ end }}", "{{ printf .A }}", "{{ $x = 1 }}", "{{ .A | len }}", "{{ len .A }}"]
+)
 def test_what_is_not_known_of_the_language_is_an_error(source: str) -> None:
-    with pytest.raises((go_template.GoTemplateError, TypeError)):
+    with pytest.raises(go_template.GoTemplateError):
         go_template.render(source, {"A": "y"})
 
 
