@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,14 +10,18 @@ from typing import Any
 import numpy as np
 
 from mlxlora.data.config import SamplesConfig
+from mlxlora.data.control import ControlTokens, Reserved
+from mlxlora.data.formats import RowError, read_messages
 from mlxlora.data.known_templates import template_source
+from mlxlora.data.records import Conversation
+from mlxlora.data.records import Message as RecordMessage
+from mlxlora.data.rendering import ChatRenderer
 from mlxlora.data.sample import Sample
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.errors import DataError
 from mlxlora.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
-_OPEN, _CLOSE = "\U0010fffb", "\U0010fffa"  # private-use characters around the number of a control token
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class Prompt:
 
 
 class ChatPrompts:
-    """Renders conversations with a model's chat template, in the sandbox that training renders them in.
+    """Renders conversations with a model's chat template: the same way, in the same sandbox, as for training.
 
     Control tokens that a message merely spells are encoded as plain text: what a user types cannot end his turn.
     """
@@ -46,56 +49,60 @@ class ChatPrompts:
 
         Raises DataError when the model has no template and none is given.
         """
-        config = SamplesConfig(template=template)
         self._tokenizer = tokenizer
-        self._plain = ChatTemplate(
-            template_source(tokenizer, config), tokenizer.special_variables, date=datetime.date.today()
-        )
-        self._tools = ChatTemplate(
-            template_source(tokenizer, config, tools=True), tokenizer.special_variables, date=datetime.date.today()
-        )
-        self._known = sorted(tokenizer.control_tokens)
-        self._numbers = {token: number for number, token in enumerate(self._known)}
+        self._config = SamplesConfig(template=template)
+        self._control = ControlTokens(list(tokenizer.control_tokens))
+        self._renderers: dict[str, ChatRenderer] = {}
         self.stops = self._turn_ends()
 
     def __call__(
-        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None, **variables: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
     ) -> Prompt:
-        """The prompt for the next assistant turn. `variables` are handed to the template (`enable_thinking=False`).
+        """The prompt for the next assistant turn.
 
-        Raises DataError when the template refuses the conversation.
+        messages, tools: as in a training row (OpenAI's shape)
+        add_generation_prompt: end with what stands before an answer; without, end with the last message
+        variables: handed to the template (`enable_thinking=False`)
+
+        Raises DataError when a message is not valid, or the template refuses the conversation.
         """
-        template = self._tools if tools else self._plain
-        escaped = [self._escaped(message) for message in messages]
         try:
-            text = template.render(escaped, tools, add_generation_prompt=True, **variables)
+            row = {"messages": [dict(message) for message in messages], "tools": list(tools) if tools else None}
+            conversation, _ = self._control.escaped(read_messages(row))
+        except RowError as error:
+            raise DataError(f"{error.what[:1].upper()}{error.what[1:]}. {error.advice}".rstrip()) from None
+        except Reserved as error:
+            raise DataError(f"A message cannot be encoded: {error}.") from None
+        renderer = self._renderer(tools=bool(conversation.tools))
+        try:
+            text = renderer.text(conversation, add_generation_prompt=add_generation_prompt, **variables)
         except TemplateRefusal as refusal:
             raise DataError(f"The chat template refuses this conversation: {refusal}") from None
-        return Prompt(self._shown(text), self._encoded(text), self.stops)
+        shown, _ = self._control.unescaped(text, str)
+        spelled, _ = self._control.unescaped(text, self._tokenizer.alias)
+        return Prompt(shown, self._tokenizer.encode_aliased([spelled])[0].ids.tolist(), self.stops)
 
-    def _escaped(self, message: Message) -> Message:
-        pattern, content = self._tokenizer.control_pattern, message.get("content")
-        if pattern is None or not isinstance(content, str) or message.get("role") == "assistant":
-            return message
-        return {**message, "content": pattern.sub(lambda m: f"{_OPEN}{self._numbers[m.group()]}{_CLOSE}", content)}
-
-    def _shown(self, text: str) -> str:
-        return re.sub(f"{_OPEN}(\\d+){_CLOSE}", lambda match: self._known[int(match.group(1))], text)
-
-    def _encoded(self, text: str) -> list[int]:
-        pattern = self._tokenizer.control_pattern
-        if _OPEN not in text or pattern is None:
-            return [int(token) for token in self._tokenizer.encode(text).ids]
-        aliased = pattern.sub(lambda match: self._tokenizer.alias(match.group()), text)
-        return [int(token) for token in self._tokenizer.encode_aliased([self._shown(aliased)])[0].ids]
+    def _renderer(self, *, tools: bool = False) -> ChatRenderer:
+        """The model's template (some have one of its own for tools), with today's date."""
+        source = template_source(self._tokenizer, self._config, tools=tools)
+        if source not in self._renderers:
+            template = ChatTemplate(source, self._tokenizer.special_variables, date=datetime.date.today())
+            self._renderers[source] = ChatRenderer(template, self._control)
+        return self._renderers[source]
 
     def _turn_ends(self) -> tuple[int, ...]:
         """The control token that the template writes after an assistant's words: not always the model's EOS."""
-        pattern = self._tokenizer.control_pattern
+        pattern = self._control.pattern
         marker = "mlxlora answer"
+        renderer = self._renderer()
         try:
-            asked = [{"role": "user", "content": "x"}, {"role": "assistant", "content": marker}]
-            after = self._plain.render(asked).rpartition(marker)[2]
+            asked = Conversation([RecordMessage("user", "x"), RecordMessage("assistant", marker)])
+            after = renderer.text(asked).rpartition(marker)[2]
         except TemplateRefusal:
             return ()
         found = pattern.match(after.lstrip()) if pattern is not None else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mlxlora import hub
 from mlxlora.errors import ModelError, UnsupportedError
 from mlxlora.tokenizer_file import check_own_code, check_tokenizer_file
 
@@ -63,32 +65,34 @@ class Tokenizer:
         self.hf = hf
         self.path = path
         self._backend = backend
+        self._secret = f"{secrets.token_hex(8)}-"
 
     @classmethod
     def load(cls, path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False) -> Tokenizer:
-        """Load the tokenizer of a model directory or hub id.
+        """Load the tokenizer of a model directory or hub id (fetched where it is not yet here).
 
-        Raises ModelError when there is none that can be read.
+        Raises ModelError when there is none that can be read, or when it wants to run code from outside its directory.
         """
         from transformers import AutoTokenizer
 
-        if (Path(path) / "tokenizer.json").is_file():
-            check_tokenizer_file(Path(path) / "tokenizer.json")
+        path = hub.find(path, revision=revision)
+        if (path / "tokenizer.json").is_file():
+            check_tokenizer_file(path / "tokenizer.json")
         if trust_remote_code:
-            check_own_code(Path(path))
+            check_own_code(path)
         try:
-            hf = AutoTokenizer.from_pretrained(str(path), revision=revision, trust_remote_code=trust_remote_code)
+            hf = AutoTokenizer.from_pretrained(str(path), trust_remote_code=trust_remote_code)
         except BaseException as error:  # transformers, tokenizers and the hub raise whatever they like
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # a panic in Rust
                 raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if Path(path).is_dir() and not [*Path(path).glob("config.json"), *Path(path).glob("tokenizer*")]:
+            if not [*path.glob("config.json"), *path.glob("tokenizer*")]:
                 reason = "there is no config.json, so this is no model directory."
             raise ModelError(
                 f"{path}: the tokenizer cannot be loaded: {reason} "
                 "A model directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json."
             ) from None
-        return cls(hf, path=Path(path) if Path(path).exists() else None)
+        return cls(hf, path=path)
 
     # -- vocabulary ---------------------------------------------------------------------------------------------------
 
@@ -199,8 +203,8 @@ class Tokenizer:
         ]
 
     def alias(self, control_token: str) -> str:
-        """The spelling of a control token that `encode_aliased` recognises."""
-        return f"{ALIAS_OPEN}{self.control_tokens[control_token]}{ALIAS_CLOSE}"
+        """The spelling of a control token that `encode_aliased` recognises; no text can know it beforehand."""
+        return f"{ALIAS_OPEN}{self._secret}{self.control_tokens[control_token]}{ALIAS_CLOSE}"
 
     def decode(self, ids: Sequence[int] | IntArray, *, skip_special: bool = False) -> str:
         """Text of `ids`."""

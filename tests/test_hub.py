@@ -180,6 +180,22 @@ def test_what_the_hub_does_not_have(stub: Stub, tmp_path: Path, name: str, revis
     assert done.stderr.startswith("refused: ") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize("reference", ["someone/else--evil.Evil", "../outside.Evil", "nothing.Evil"])
+def test_a_tokenizer_by_its_hub_name_runs_no_code_from_elsewhere(stub: Stub, tmp_path: Path, reference: str) -> None:
+    path = stub.directory / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoTokenizer": [reference, None]}}))
+    code = (
+        "import sys\nfrom mlxlora.errors import ModelError\nfrom mlxlora.tokenizer import Tokenizer\n"
+        "try: Tokenizer.load('someone/tiny', trust_remote_code=True)\n"
+        "except ModelError as error: sys.exit(f'refused: {error}')\n"
+    )
+    home = {"HF_ENDPOINT": f"http://127.0.0.1:{stub.server_port}", "HF_HOME": str(tmp_path / "home")}
+    env = {**os.environ, **home, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "refused" in done.stderr and "auto_map" in done.stderr, done.stderr
+    assert not [path for _, path, _ in stub.asked if "someone/else" in path]
+
+
 def test_no_network_is_said_in_one_line(tmp_path: Path) -> None:
     done = find(None, tmp_path / "home", "someone/tiny")
     assert done.returncode == 1 and "cannot be reached" in done.stderr and done.stderr.count("\n") == 1

@@ -7,7 +7,7 @@ private-use characters. In the rendered text, what still looks like a control to
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mlxlora.data.records import Conversation, Message
@@ -98,12 +98,13 @@ class ControlTokens:
             text = text[: -len(last)]
         return text
 
-    def unescaped(self, text: str, alias: Any) -> tuple[str, list[tuple[int, int]]]:
+    def unescaped(self, text: str, alias: Callable[[str], str]) -> tuple[str, list[tuple[int, int]]]:
         """The text with the template's control tokens under their aliases and the content's spelled as they were.
 
         Returns it with the places, in the old and in the new text, from which on they run in parallel.
         """
-        assert self.pattern is not None
+        if self.pattern is None:
+            return text, [(0, 0)]
         both = re.compile(f"{ESCAPE_OPEN}(\\d+){ESCAPE_CLOSE}|{self.pattern.pattern}")
         parts, places = [], [(0, 0)]
         begin = size = 0

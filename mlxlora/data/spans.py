@@ -11,17 +11,15 @@ goes on) and ends with the token that ends the turn.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from mlxlora.data.control import ControlTokens, Reserved
-from mlxlora.data.marker import BLOCK, BLOCKS, PATTERNS, Marker, Piece, unmarked
+from mlxlora.data.marker import BLOCK, BLOCKS, PATTERNS, Marker, Piece
 from mlxlora.data.records import Conversation
+from mlxlora.data.rendering import ChatRenderer
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.data.thinking import after_closer
-from mlxlora.data.traits import Traits
 
 ENDS = (
     "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<turn|>", "</s>",
@@ -68,10 +66,9 @@ class TurnFinder:
 
     def __init__(self, template: ChatTemplate, control_tokens: Sequence[str], eos_token: str | None) -> None:
         """control_tokens: every special token of the vocabulary; eos_token: the one that ends a text."""
-        self.template = template
         self.control = ControlTokens(control_tokens)
-        self.traits = Traits.of(template, self.control)
-        self._headers = self.traits.headers
+        self.renderer = ChatRenderer(template, self.control)
+        self._headers = self.renderer.traits.headers
         self._ends = {token for token in (*ENDS, eos_token) if token}
 
     # -- rendering ----------------------------------------------------------------------------------------------------
@@ -83,7 +80,7 @@ class TurnFinder:
         except Reserved as error:
             raise Unusable(str(error)) from None
         try:
-            text = self.template.render(self._messages(conversation, None), conversation.tools)
+            text = self.renderer.text(conversation)
         except TemplateRefusal as error:
             raise Unusable(f"the chat template refuses it: {error}") from None
         pieces = self._pieces(conversation)
@@ -93,42 +90,10 @@ class TurnFinder:
         turns = list(self._turns(conversation, text, pieces))
         return Rendered(text, turns, dropped, escaped)
 
-    def _messages(self, conversation: Conversation, marker: Marker | None) -> list[dict[str, Any]]:
-        """What the template is given; with a marker, the assistant's pieces are marked."""
-        mark = marker.mark if marker else unmarked
-        result = []
-        for index, message in enumerate(conversation.messages):
-            role = "system" if message.role == "developer" and not self.traits.developer else message.role
-            item: dict[str, Any] = {"role": role}
-            if message.role != "assistant":
-                item["content"] = self.traits.content(mark(message.content, index, "other"))
-            else:
-                reasoning, parts = self.traits.style.arranged(message)
-                if reasoning:
-                    item["reasoning_content"] = item["thinking"] = mark(reasoning, index, "thinking")
-                inline = mark(parts.thinking, index, "thinking", parts.before)
-                content = parts.before + inline + parts.between + mark(parts.answer, index, "answer")
-                item["content"] = self.traits.content(content)
-                if message.tool_calls:
-                    item["tool_calls"] = [self._call(call, index, mark) for call in message.tool_calls]
-            if message.name is not None:
-                item["name"] = message.name
-            if message.tool_call_id is not None:
-                item["tool_call_id"] = message.tool_call_id
-            result.append(item)
-        return result
-
-    def _call(self, call: dict[str, Any], index: int, mark: Any) -> dict[str, Any]:
-        function = call["function"]
-        arguments = function["arguments"]
-        if self.traits.text_arguments:
-            arguments = json.dumps(arguments, ensure_ascii=False)
-        return call | {"function": {"name": mark(function["name"], index, "call"), "arguments": arguments}}
-
     def _pieces(self, conversation: Conversation) -> list[Piece]:
-        """The assistant's pieces in the order in which `_messages` marks them."""
+        """The assistant's pieces in the order in which the renderer marks them."""
         collector = Marker(0)
-        self._messages(conversation, collector)
+        self.renderer.messages(conversation, collector.mark)
         return [Piece(message, kind, lead) for message, kind, lead in collector.pieces]
 
     def _locate(self, conversation: Conversation, text: str, pieces: list[Piece]) -> None:
@@ -147,7 +112,7 @@ class TurnFinder:
 
     def _try_markers(self, conversation: Conversation, text: str, pieces: list[Piece], marker: Marker) -> bool:
         try:
-            marked = self.template.render(self._messages(conversation, marker), conversation.tools)
+            marked = self.renderer.text(conversation, mark=marker.mark)
         except TemplateRefusal:
             return False
         pattern = PATTERNS[marker.base]

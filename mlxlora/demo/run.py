@@ -152,10 +152,10 @@ def answer_all(
 ) -> list[str]:
     """The model's likeliest answer to every question."""
     from mlxlora.demo.decoding import greedy
+    from mlxlora.prompts import ChatPrompts
 
-    hf = model.tokenizer.hf
-    texts = [hf.apply_chat_template(q.messages(), add_generation_prompt=True, tokenize=False) for q in questions]
-    prompts = [[int(token) for token in ids] for ids in model.tokenizer.encode_ids(texts, control=True)]
+    write = ChatPrompts(model.tokenizer)
+    prompts = [write(question.messages()).tokens for question in questions]
     end = model.tokenizer.eos_id
     assert end is not None  # the embedded tokenizer has one
     answers = greedy(model.network, prompts, end=end, on_done=on_done)
