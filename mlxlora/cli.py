@@ -263,6 +263,7 @@ def readable(text: str) -> str:
     import re
 
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", lambda match: match[1].lower(), text)
+    text = re.sub(r"\s*\|\s*list\[Any\]", "", text)  # rows, which only Python can give
     text = re.sub(r"Optional\[([^\n]*?)\](?=[,)])", r"\1 | null", text)
     return re.sub(r"Literal\[([^\]]*)\]", lambda match: re.sub(r",(\s)", r" |\1", match[1].replace("'", "")), text)
 

@@ -14,6 +14,7 @@ from mlxlora.adapters import AdapterConfig, collect, inject, remove, write_adapt
 from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.data.feed import Feed
+from mlxlora.data.load import Rows, places_of
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.files import plain
 from mlxlora.generate import SamplingConfig, complete
@@ -38,7 +39,7 @@ from mlxlora.training.run import RunDirectory
 
 def finetune(
     model: str,
-    data: list[str],
+    data: list[str] | Rows,
     out: Path,
     *,
     samples: SamplesConfig = SamplesConfig(),  # noqa: B008
@@ -60,7 +61,8 @@ def finetune(
 
     Args:
         model: a model directory, or a model on the Hugging Face hub
-        data: files or directories with rows to learn from; `PATH=WEIGHT` says how often each is seen in an epoch
+        data: files or directories with rows to learn from; `PATH=WEIGHT` says how often each is seen in an epoch (in
+            Python also the rows themselves, as `mlxlora.data.from_rows` takes them)
         out: the run directory; `adapter` and `best` in it are the results
         overwrite: begin anew where a run stands already
         accept_changes: settings that may differ from those that an unfinished run was begun with, such as
@@ -77,9 +79,9 @@ def finetune(
     Raises InputError (and its kinds) before anything is written, TrainingError when the run cannot go on.
     """
     settings = {
-        "model": model, "data": data, "out": out, "samples": samples, "adapter": adapter, "optimizer": optimizer,
-        "training": training, "memory_limit": memory_limit, "gentle": gentle, "report_to": report_to,
-        "revision": revision, "trust_remote_code": trust_remote_code,
+        "model": model, "data": places_of(data), "out": out, "samples": samples, "adapter": adapter,
+        "optimizer": optimizer, "training": training, "memory_limit": memory_limit, "gentle": gentle,
+        "report_to": report_to, "revision": revision, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     limit = limit_of(memory_limit)
     trackers.check(report_to or [])
@@ -88,7 +90,7 @@ def finetune(
     path = hub.find(model, revision=revision)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
     splits = load_data(
-        data[0] if len(data) == 1 else data, tokenizer, samples, seed=training.seed,
+        data, tokenizer, samples, seed=training.seed,
         vocabulary_size=architecture.text_config(architecture.read_config(path)).get("vocab_size"),
         on_progress=on_progress,
     )  # fmt: skip

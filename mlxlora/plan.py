@@ -112,9 +112,7 @@ def plan(
     """
     machine, limit = ("this machine", limit_of(memory_limit)) if for_ is None else other_machine(for_)
     loaded = load(hub.find(model, revision=revision), trust_remote_code=trust_remote_code)
-    splits = load_data(
-        data[0] if len(data) == 1 else data, loaded.tokenizer, samples, seed=training.seed, on_progress=on_progress
-    )
+    splits = load_data(data, loaded.tokenizer, samples, seed=training.seed, on_progress=on_progress)
     batching = training.batching(samples)
     feed = Feed(splits.train, batching, training.seed)
     steps = count_steps(feed, training)

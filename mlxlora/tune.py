@@ -217,7 +217,7 @@ def begin(out: Path, base: dict[str, Any], search: SearchConfig, on_progress: Pr
     path = hub.find(base["model"], revision=base["revision"])
     tokenizer = load_tokenizer(path, trust_remote_code=base["trust_remote_code"])
     splits = load_data(
-        base["data"][0] if len(base["data"]) == 1 else base["data"], tokenizer, base["samples"],
+        base["data"], tokenizer, base["samples"],
         seed=base["training"].seed, on_progress=on_progress,
     )  # fmt: skip
     if splits.valid is None:

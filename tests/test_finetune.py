@@ -221,3 +221,24 @@ def test_trackers_get_the_curves(place: Path, tmp_path: Path, monkeypatch: pytes
     assert wandb.calls[0] == ("init", "run") and wandb.calls[-1] == "finish"
     assert (0, ["validation/loss"]) in wandb.calls
     assert any(call[0] == 2 and "train/loss" in call[1] for call in wandb.calls[1:-1])
+
+
+def test_rows_from_python_are_learned_like_those_of_a_file(place: Path, tmp_path: Path) -> None:
+    short = OPTIONS | {"training": replace(OPTIONS["training"], steps=4)}
+    rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
+    control = Control()
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 2:
+            control.stop()
+
+    model, run = str(place / "model"), tmp_path / "rows"
+    assert finetune(model, rows, run, **short, on_event=watch, control=control).reason == "stopped"
+    finetune(model, [row["messages"] for row in rows], run, **short)
+    finetune(model, [str(place / "rows.jsonl")], tmp_path / "file", **short)
+    assert weights(run) == weights(tmp_path / "file")
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"] is None
+    assert "rows given in Python" in (run / "report.html").read_text()
+    with pytest.raises(DataError, match="row:1: a row must be"):
+        finetune(model, [3], tmp_path / "wrong", **short)
+    assert not (tmp_path / "wrong").exists()

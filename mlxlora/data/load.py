@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,10 @@ from mlxlora.tokenizer import Tokenizer
 
 ELSEWHERE = ("validation", "validation_split", "validation_rows", "packing", "allow_unusable", "cache", "template")
 """Options that do not change how a row becomes a sample (the template's source stands in the key itself)."""
+
+
+Rows: TypeAlias = list[Any]
+"""Samples given in Python, each as `from_rows` takes it."""
 
 
 @dataclass
@@ -64,7 +68,7 @@ def load(
     """
     config = config or SamplesConfig()
     loader = _Loader(tokenizer, config, vocabulary_size, on_progress)
-    sources = _sources(data)
+    sources = places_of(data)
     if sources is None:
         assert not isinstance(data, str | Path)
         splits = {"train": loader.rows("train", data)}
@@ -218,7 +222,7 @@ class _Bar:
             self.on_progress(self.what, self.total, self.total)
 
 
-def _sources(data: Path | str | Sequence[Any]) -> list[str | Path] | None:
+def places_of(data: Path | str | Sequence[Any]) -> list[str | Path] | None:
     """The places that `data` names, or None when it holds rows."""
     if isinstance(data, str | Path):
         return [data]

@@ -65,8 +65,9 @@ def _validation_rows(path: Path, model: Any) -> list[list[int]]:
             if isinstance(given.get(name), str):
                 given[name] = Path(given[name])
         places = config["data"]
-        one = places[0] if isinstance(places, list) and len(places) == 1 else places
-        splits = data.load(one, model.tokenizer, SamplesConfig(**given), seed=config["training"]["seed"])
+        if places is None:
+            raise ValueError("its rows were given in Python")
+        splits = data.load(places, model.tokenizer, SamplesConfig(**given), seed=config["training"]["seed"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path} does not say which data the run used ({type(error).__name__}: {error}).") from None
     return [list(map(int, sample.tokens)) for sample in splits.valid] if splits.valid is not None else []

@@ -210,7 +210,10 @@ CHARTS: list[Callable[[Sequence[Run]], dict[str, Any]]] = [
 def facts(run: Run) -> dict[str, Any]:
     """What a run learned from and on what, by name."""
     data, started = run.last("data"), run.last("started")
-    found: dict[str, Any] = {"model": run.config.get("model"), "data": ", ".join(run.config.get("data") or [])}
+    found: dict[str, Any] = {
+        "model": run.config.get("model"),
+        "data": ", ".join(run.config.get("data") or ["rows given in Python"]),
+    }
     if data:
         found |= {
             "samples": f"{data['samples']:,} to learn from, {data['validation_samples']:,} for validation",
