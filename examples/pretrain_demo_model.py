@@ -50,6 +50,8 @@ def train_tokenizer(vocabulary: int, seed: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(documents(seed, 20_000), trainer)
+    # GPT-2's splitting makes the same tokens of all this text, and llama.cpp knows it by name
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=END_OF_TURN,

@@ -39,7 +39,7 @@ def test_the_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         captured = capsys.readouterr()
         assert code == 0, f"{command}\n{captured.err}"
         assert captured.out.strip(), command
-    assert (place / "my-run" / "report.html").is_file() and (place / "my-model-hf" / "config.json").is_file()
+    assert (place / "my-run" / "report.html").is_file() and (place / "my-model.gguf").is_file()
 
 
 def test_the_python_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
