@@ -6,7 +6,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mlxlora.errors import ModelError
+from mlxlora.errors import DataError, ModelError
 
 # what a model needs, and nothing else: no original checkpoints, no ONNX, no images
 MODEL_FILES = (
@@ -17,6 +17,7 @@ MODEL_FILES = (
 ELSEWHERE = tuple(f"*/*.{kind}" for kind in ("json", "safetensors", "py", "model", "tiktoken", "txt", "jsonl", "bin"))
 # where a repository holds no safetensors
 TORCH_FILES = ("pytorch_model*.bin", "model*.bin")
+SECONDS = 10.0  # for the hub to say what a name stands for
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -38,7 +39,7 @@ def find(source: str | Path, *, revision: str | None = None) -> Path:
     if path.exists():
         raise ModelError(f"{source} is a file; a model is a directory with config.json and weights.")
     looks_local = isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local or not _NAME.fullmatch(name) or ".." in name:
+    if looks_local or not is_name(name):
         raise ModelError(f"{source}: there is no such directory.")
     return _fetch(name, revision)
 
@@ -98,6 +99,42 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise ModelError(
             f"{at} could not be fetched: {_first_line(error)}. Run the same command again: it goes on where it stopped."
         ) from None
+
+
+def is_name(text: str) -> bool:
+    """Whether the hub may have something of this name."""
+    return _NAME.fullmatch(text) is not None and ".." not in text
+
+
+def dataset_commit(name: str, revision: str | None = None) -> str | None:
+    """The commit that a data set's branch, tag or commit stands at; None where the hub cannot be reached.
+
+    Raises DataError when the hub has no such data set or revision, or does not hand it out.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    http_error: type[Exception] = HfHubHTTPError.__mro__[1]  # the root of the HTTP library that huggingface_hub uses
+    try:
+        found = HfApi().dataset_info(name, revision=revision, timeout=SECONDS)
+        return str(found.sha) if found.sha else None
+    except GatedRepoError:
+        raise DataError(
+            f"{name} is gated: accept its terms at https://huggingface.co/datasets/{name} and sign in with "
+            "`hf auth login`."
+        ) from None
+    except RevisionNotFoundError:
+        raise DataError(f"The hub has the data set {name}, but no revision '{revision}' of it.") from None
+    except RepositoryNotFoundError:
+        raise DataError(f"{name}: no such data set on the hub (or it is private: `hf auth login`).") from None
+    except (OfflineModeIsEnabled, http_error, OSError):
+        return None
 
 
 def _first_line(error: Exception) -> str:

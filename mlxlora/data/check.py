@@ -226,9 +226,9 @@ class _Looker:
 
     def look(self, data: list[str], on_progress: Progress | None) -> None:
         """Rows of all splits; validation rows are compared with training rows."""
-        places = find(data)
+        places = find(data, self.config.cache)
         if self.config.validation is not None:
-            places["valid"] = find([self.config.validation])["train"]
+            places["valid"] = find([self.config.validation], self.config.cache)["train"]
         rows: dict[bytes, str] = {}
         prompts: dict[bytes, str] = {}
         done, total = 0, sum(place.size for found in places.values() for place in found)

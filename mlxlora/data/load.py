@@ -15,7 +15,7 @@ from mlxlora.data.counts import Counts
 from mlxlora.data.dataset import Dataset, Tokens
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import named_template
-from mlxlora.data.places import File, Place, find
+from mlxlora.data.places import Place, find
 from mlxlora.data.problems import Problems
 from mlxlora.data.reader import Encoder, FormatReader
 from mlxlora.data.records import Completion, Conversation, Document, History, Message, Record, TextRun
@@ -73,12 +73,12 @@ def load(
         assert not isinstance(data, str | Path)
         splits = {"train": loader.rows("train", data)}
     else:
-        places = find(sources)
+        places = find(sources, config.cache)
         if config.validation is not None:
-            places["valid"] = find([config.validation])["train"]
+            places["valid"] = find([config.validation], config.cache)["train"]
         splits = {name: loader.places(name, found) for name, found in places.items()}
     if sources is None and config.validation is not None:
-        splits["valid"] = loader.places("valid", find([config.validation])["train"])
+        splits["valid"] = loader.places("valid", find([config.validation], config.cache)["train"])
     train, valid = splits["train"], splits.get("valid")
     if valid is None and config.validation_split > 0:
         train, valid = split_validation(train, config.validation_split, config.validation_rows, seed)
@@ -163,13 +163,9 @@ class _Loader:
     def _writer(self, directory: Path) -> Writer:
         return Writer(directory, narrow=self.tokenizer.vocab_size <= 65_536)
 
-    def _key(self, found: Sequence[Place]) -> str | None:
-        """What decides the samples; None for places whose content is not known before it is read."""
-        contents = []
-        for place in found:
-            if not isinstance(place, File):
-                return None
-            contents.append([self.store.file_hash(place.path), place.member, place.suffix])
+    def _key(self, found: Sequence[Place]) -> str:
+        """What decides the samples."""
+        contents = [place.identity(self.store.file_hash) for place in found]
         options = {name: value for name, value in asdict(self.config).items() if name not in ELSEWHERE}
         named = self.config.template
         templates = {"default": named_template(named)} if named else self.tokenizer.chat_templates

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
+from mlxlora.data.hub_data import HubData, find_hub_data
 from mlxlora.data.json_rows import Row
 from mlxlora.data.problems import Problems, reason_of
 from mlxlora.data.sources import READERS
+from mlxlora.data.store import Store
 from mlxlora.errors import DataError, FormatError, nearest
 from mlxlora.files import zip_members
 
@@ -43,6 +45,10 @@ class File:
         """Bytes, for progress; 0 when not known."""
         return self.path.stat().st_size if self.member is None else 0
 
+    def identity(self, hash_of: Callable[[Path], str]) -> list[str | None]:
+        """What decides the rows; `hash_of` gives the hash of a file's bytes."""
+        return [hash_of(self.path), self.member, self.suffix]
+
     def rows(self, problems: Problems, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
         """Read the file row by row; `on_bytes` is told now and then how far the reader is."""
         try:
@@ -66,35 +72,15 @@ class File:
                     break
 
 
-@dataclass(frozen=True)
-class HubData:
-    """One split of a data set on the Hugging Face hub (or in a directory that the `datasets` library reads)."""
-
-    path: str
-    config: str | None
-    split: str
-    name: str
-    weight: float = 1.0
-    size: int = 0
-
-    def rows(self, problems: Problems, on_bytes: Callable[[int], None] | None = None) -> Iterator[Row]:
-        """Stream the rows; nothing is kept."""
-        data = _hub(self.path, self.config)[self.split]
-        try:
-            for number, value in enumerate(data, 1):
-                yield Row({str(key): item for key, item in value.items() if item is not None}, number)
-        except (OSError, ValueError) as error:
-            problems.add(self.name, 0, f"cannot be read: {reason_of(error)}", "Is the network there?")
-
-
 Place = File | HubData
 
 
-def find(sources: Sequence[str | Path]) -> dict[str, list[Place]]:
+def find(sources: Sequence[str | Path], cache: Path | None = None) -> dict[str, list[Place]]:
     """The places behind some sources, by split (`train`, `valid`, `test`).
 
-    sources: paths (see `find_files`) or `hub:owner/name[@config]`, each optionally with `=WEIGHT`: how often its rows
-    are seen in an epoch.
+    sources: paths (see `find_files`) or `hub:owner/name[@config][#revision]`, each optionally with `=WEIGHT`: how often
+        its rows are seen in an epoch
+    cache: the store's directory, where is kept what hub data sets there are
 
     Raises DataError.
     """
@@ -102,14 +88,15 @@ def find(sources: Sequence[str | Path]) -> dict[str, list[Place]]:
     for source in sources:
         text, weight = weighted(source)
         if text.startswith("hub:"):
-            name, _, config = text.removeprefix("hub:").partition("@")
             places: dict[str, list[Place]] = {}
-            for split in _hub(name, config or None):
-                role = SPLITS.get(split.split("_")[0].lower())
+            found_here = find_hub_data(text, Store(cache).directory / "hub", weight=weight)
+            for data in found_here:
+                role = SPLITS.get(data.split.split("_")[0].lower())
                 if role:
-                    places.setdefault(role, []).append(HubData(name, config or None, split, f"{text}:{split}", weight))
+                    places.setdefault(role, []).append(data)
             if "train" not in places:
-                raise DataError(f"{text}: the data set has no split named train.")
+                have = ", ".join(data.split for data in found_here)
+                raise DataError(f"{text}: the data set has no split named train, only {have or 'none'}.")
         else:
             places = {role: [*files] for role, files in find_files(Path(text), weight=weight).items()}
         for role, items in places.items():
@@ -130,20 +117,6 @@ def weighted(source: str | Path) -> tuple[str, float]:
     if not 0 < weight <= 1000:
         raise DataError(f"{text}: the weight is {number}; give more than 0, and at most 1000.")
     return path, weight
-
-
-def _hub(name: str, config: str | None) -> dict[str, Any]:
-    """The splits of a hub data set, streamed."""
-    try:
-        import datasets
-    except ImportError:
-        raise DataError(
-            f"hub:{name}: hub data sets need the datasets library. Install it with `pip install 'mlxlora[datasets]'`."
-        ) from None
-    try:
-        return dict(datasets.load_dataset(name, config, streaming=True))
-    except Exception as error:  # the library raises whatever its parts raise
-        raise DataError(f"hub:{name}: the data set cannot be opened: {reason_of(error).splitlines()[0]}") from None
 
 
 def find_files(path: Path, *, weight: float = 1.0) -> dict[str, list[File]]:

@@ -27,6 +27,7 @@ from mlxlora.files import new_directory, read_json, remove_directory, write_json
 VERSION = 2  # of what an entry holds; another version is another key
 KEPT_DAYS = 60  # entries that were not used for so long are removed
 LEVELS = 256  # distinct loss weights
+NOTES = ("files", "hub")  # what stands beside the entries: hashes of files, commits of hub data sets
 
 COLUMNS: dict[str, npt.DTypeLike] = {
     "tokens": np.int32, "codes": np.uint8, "offsets": np.int64, "trained": np.int32, "lines": np.int64,
@@ -178,7 +179,7 @@ class Store:
         limit = time.time() - KEPT_DAYS * 86_400
         for entry in self.directory.iterdir():
             with suppress(OSError):
-                if entry.is_dir() and entry.stat().st_mtime < limit:
+                if entry.is_dir() and entry.name not in NOTES and entry.stat().st_mtime < limit:
                     remove_directory(entry)
 
     # -- hashes of files, so that a large file is not read again to find out that it is the same --------------------
