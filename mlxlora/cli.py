@@ -213,14 +213,34 @@ def normalise(parser: ArgumentParser, verb: Verb, words: list[str]) -> list[str]
             result.append(f"{flag}=true")
         elif "Path" in kind and (value if equals else "".join(words[index : index + 1])) == "":
             raise ConfigError(f"{flag} is empty. Give a path.")
+        elif kind in TEXTS and (equals or (index < len(words) and not words[index].startswith("--"))):
+            if not equals:
+                value = words[index]
+                index += 1
+            result.append(f"{flag}={value}")
         else:
             result.append(flag + equals + value)
     for flag, values in lists.items():
         if "" in values:  # as of an unset variable of the shell; as a path it would mean the current directory
             raise ConfigError(f"{flag} is empty. Give a value.")
-        alone = len(values) == 1 and (values[0].startswith("[") or "[str]" not in kind_of(actions[flag]))
-        result.append(f"{flag}={values[0] if alone else json.dumps(values)}")
+        kind = kind_of(actions[flag])
+        alone = len(values) == 1 and (values[0].startswith("[") or "Union" in kind)  # a number may mean itself there
+        if "[str]" in kind:
+            result.append(f"{flag}={values[0] if alone else quoted(values)}")
+        else:
+            result.append(f"{flag}={values[0] if alone else '[' + ','.join(values) + ']'}")
     return result
+
+
+TEXTS = ("typing.Optional[str]", "str | None", "typing.Optional[pathlib.Path]", "pathlib.Path | None")
+
+
+def quoted(values: list[str]) -> str:
+    """Texts as a list in YAML, whatever they hold."""
+    import yaml
+
+    written: str = yaml.safe_dump(values, default_style='"', default_flow_style=True, width=10**9, allow_unicode=True)
+    return written.rstrip("\n")
 
 
 def kind_of(action: Any) -> str:
@@ -235,7 +255,18 @@ def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
     known = [flag.lstrip("-") for flag in parser._option_string_actions if not flag.endswith("+")]
     check_config_files(words, {name.partition(".")[0] for name in known if "." in name})
     try:
-        return dict(vars(parser.instantiate(parser.parse_args(words))))
+        given = parser.parse_args(words)
+        for word in words:  # texts that YAML reads as no value at all, such as `# Rules` or `~`
+            flag, _, text = word.partition("=")
+            action = parser._option_string_actions.get(flag)
+            if (
+                action is not None
+                and kind_of(action) in TEXTS
+                and text not in ("", "null")
+                and given[action.dest] is None
+            ):
+                given[action.dest] = Path(text) if "Path" in kind_of(action) else text
+        return dict(vars(parser.instantiate(given)))
     except ArgumentError as error:
         raise ConfigError(explain(str(error), known)) from None
 

@@ -155,6 +155,7 @@ class Optimizer:
 
     def init(self, parameters: Flat) -> None:
         """Fresh moments for `parameters`."""
+        self._inner = build(self.config)  # one that was traced holds arrays of the trace, and would keep them
         self._inner.init(parameters)
         self.state = self._inner.state
         mx.eval(self.state)

@@ -159,3 +159,43 @@ def test_a_range_test_grows_by_equal_factors() -> None:
     assert np.allclose(np.diff(np.log(values)), math.log(1e4) / 40)
     with pytest.raises(ConfigError, match="min_learning_rate"):
         OptimizerConfig(schedule="range-test")
+
+
+def test_beginning_again_after_an_update_is_beginning() -> None:
+    """The planner tries an update before the run begins; what MLX's optimizer held in that trace must not stay."""
+    parameters = {"w": mx.ones((2, 2))}
+    tried, fresh = (Optimizer(OptimizerConfig(), 4) for _ in range(2))
+    tried.init(parameters)
+    tried.update(parameters, parameters, mx.array(1.0), mx.array(1.0), 0)
+    for optimizer in (tried, fresh):
+        optimizer.init(parameters)
+    assert {name: value.tolist() for name, value in tried.flat_state().items()} == {
+        name: value.tolist() for name, value in fresh.flat_state().items()
+    }
+
+
+def stepped(config: OptimizerConfig, updates: int = 2) -> dict[str, mx.array]:
+    parameters = {"matrix": mx.ones((2, 2)), "vector": mx.ones((2,))}
+    gradients = {name: mx.full(value.shape, 0.1) for name, value in parameters.items()}
+    optimizer = Optimizer(config, 10)
+    optimizer.init(parameters)
+    for step in range(updates):
+        parameters, _, _ = optimizer.update(parameters, gradients, mx.array(1.0), mx.array(1.0), step)
+    return parameters
+
+
+def test_momentum() -> None:
+    common = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0}
+    plain = stepped(OptimizerConfig(**common, momentum=0.0))["vector"]
+    heavy = stepped(OptimizerConfig(**common, momentum=0.5))["vector"]
+    assert plain.tolist() == pytest.approx([0.98] * 2)
+    assert heavy.tolist() == pytest.approx([1 - 0.01 - 0.015] * 2)
+
+
+def test_what_is_decayed() -> None:
+    common = {"name": "adamw", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.5}
+    matrices = stepped(OptimizerConfig(**common, decay_min_dims=2), 1)
+    everything = stepped(OptimizerConfig(**common, decay_min_dims=0), 1)
+    nothing = stepped(OptimizerConfig(**common, decay_min_dims=3), 1)
+    assert matrices["matrix"].tolist() == everything["matrix"].tolist() != nothing["matrix"].tolist()
+    assert matrices["vector"].tolist() == nothing["vector"].tolist() != everything["vector"].tolist()

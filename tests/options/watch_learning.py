@@ -1,0 +1,151 @@
+"""What data and training verbs did, as views."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlx.utils import tree_flatten
+
+from mlxlora.engine import Engine
+from mlxlora.reporting.watch import FinetuneResult
+from mlxlora.training.events import Checkpoint, Control, Data, Event, Notice, Samples, Started, Step, Validation
+from mlxlora.training.forecast import Forecast
+from mlxlora.training.loop import Trainer
+from tests.options.calls import Call, Stop, Views
+from tests.options.place import Place, listed, tensors
+
+
+def train(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
+    """A whole run."""
+    events: list[Event] = []
+    rested: list[float] = []
+    patch.setattr("mlxlora.training.pace.Pace._wait", lambda self, seconds, stopping: rested.append(seconds))
+    waited: list[int] = []
+    report = Trainer.report
+
+    def counted(trainer: Trainer) -> Iterator[Event]:
+        waited.extend([len(trainer.pending)] * bool(trainer.pending))
+        yield from report(trainer)
+
+    patch.setattr(Trainer, "report", counted)
+    patch.setattr("mlxlora.reporting.watch.report", lambda *_: None)  # a page that takes longer than the run
+    result: FinetuneResult = function(**arguments, on_event=events.append, control=Control())
+    steps = [event for event in events if isinstance(event, Step)]
+    run = arguments["out"]
+    return {
+        "weights": tensors(run / "adapter" / "adapters.safetensors"),
+        "losses": [event.loss for event in steps if event.step == 2],
+        "rates": [event.learning_rate for event in steps if event.step == 3],
+        "norms": [event.grad_norm for event in steps if event.step == 1],
+        "steps": [event.step for event in steps][-1],
+        "reported": waited,
+        "validated": [event.step for event in events if isinstance(event, Validation)],
+        "saved": [event.step for event in events if isinstance(event, Checkpoint)],
+        "kept": len(listed(run / "checkpoints")),
+        "answers": [event.step for event in events if isinstance(event, Samples)],
+        "notices": [event.message for event in events if isinstance(event, Notice)],
+        "learns from": [event for event in events if isinstance(event, Data)],
+        "limit": [event.memory_limit for event in events if isinstance(event, Started)],
+        "reason": result.reason,
+        "rests": bool(rested),
+        "trackers": any("tensorboard" in name or "tfevents" in name for name in listed(run)),
+    }
+
+
+def trains_by(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
+    """Which blocks the engine recomputes."""
+    asked: list[Any] = []
+
+    class Asked(Engine):
+        def __init__(self, network: Any, config: Any, *more: Any) -> None:
+            asked.append(config)
+            raise Stop
+
+    patch.setattr(sys.modules["mlxlora.finetune"], "Engine", Asked)
+    with pytest.raises(Stop):
+        function(**arguments, control=Control())
+    return {"asked": asked}
+
+
+def goes_on(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
+    """A run upon a run that was stopped after two steps with another learning rate."""
+    control = Control()
+    begun = arguments | {"overwrite": False, "accept_changes": None}
+    begun["optimizer"] = type(begun["optimizer"])(learning_rate=0.02)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 2:
+            control.stop()
+
+    function(**begun, on_event=stop, control=control)
+    events: list[Event] = []
+    function(**arguments, on_event=events.append, control=Control())
+    return {"began at": [event.step for event in events if isinstance(event, Started)]}
+
+
+def plan(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
+    """The plan, over a forecast that is a sum instead of a probe."""
+    asked: list[Any] = []
+
+    def forecast(network: Any, engine: Any, optimizer: Any, objective: Any, shape: Any, **more: Any) -> Forecast:
+        weights = dict(tree_flatten(network.trainable_parameters()))
+        size = sum(value.nbytes for value in weights.values())
+        asked.append((engine.checkpoint_blocks, weights.keys(), size, optimizer.config, asdict(shape), more))
+        return Forecast(engine.checkpoint_blocks, shape, 10**6, size, 0, 10**6, 10**6, 1.0)
+
+    patch.setattr(sys.modules["mlxlora.plan"], "forecast", forecast)
+    found = function(**arguments)
+    return {
+        "asked": asked, "steps": found.steps, "tokens": found.tokens, "limit": found.limit, "machine": found.machine,
+        "data": (found.rows, found.length),
+    }  # fmt: skip
+
+
+def tune(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
+    """The trials of a search, whose losses come from a formula instead of a run."""
+    trials: list[Any] = []
+
+    def finetune(*, out: Path, training: Any, on_event: Any, control: Any, **options: Any) -> Any:
+        trials.append((out.relative_to(arguments["out"]), training, options))
+        out.mkdir(parents=True)
+        rising = "range" in out.name
+        (out / "metrics.jsonl").write_text('{"event": "step", "step": 1, "loss": 1.0, "learning_rate": 0.1}\n' * rising)
+        loss = abs(options["optimizer"].learning_rate - 1e-3) + options["adapter"].rank
+        return type("Result", (), {"reason": "done", "best_loss": loss})
+
+    patch.setattr(sys.modules["mlxlora.tune"], "finetune", finetune)
+    needs = type("Needs", (), {"most_tokens": 100, "length": 10})
+    planned: list[Any] = []
+
+    def planner(*words: Any, **options: Any) -> Any:
+        planned.append((words, {name: value for name, value in options.items() if name != "on_progress"}))
+        return needs
+
+    patch.setattr(sys.modules["mlxlora.tune"], "plan", planner)
+    function(**arguments)
+    return {"trials": [(str(path), training, options) for path, training, options in trials], "plan": planned}
+
+
+def check(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
+    """What `data check` tells."""
+    found = function(**arguments)
+    samples = arguments["samples"]
+    return {
+        "format": found.formats, "template": found.template, "validation": found.validation, "tokens": found.lengths,
+        "samples": found.samples, "learned": found.trained_tokens, "lost": (found.truncated, found.dropped),
+        "steps": found.steps, "shown": len(found.shown), "picked": [one.origin for one in found.shown],
+        "text": [tuple(piece.text for piece in one.pieces) for one in found.shown][:1],
+        "page": found.html is not None and found.html.is_file(),
+        "cached": bool(samples.cache and listed(samples.cache)),
+    }  # fmt: skip
+
+
+def convert_data(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
+    """What `data convert` writes."""
+    function(**arguments)
+    return {"written": arguments["out"].read_text()}
