@@ -6,8 +6,9 @@
 """
 
 from mlxlora.adapters import AdapterConfig, inject, load_adapter, remove, save_adapter
+from mlxlora.compare import compare
 from mlxlora.convert import convert
-from mlxlora.data import BatchConfig, Dataset, SamplesConfig
+from mlxlora.data import BatchConfig, Dataset, SamplesConfig, from_rows
 from mlxlora.data import load as load_data
 from mlxlora.dialogue import Dialogue
 from mlxlora.doctor import doctor
@@ -28,7 +29,8 @@ from mlxlora.finetune import finetune
 from mlxlora.fuse import fuse
 from mlxlora.generate import SamplingConfig, complete, generate, stream
 from mlxlora.merge import merge
-from mlxlora.model import LanguageModel, load, save
+from mlxlora.model import LanguageModel, load, load_tokenizer, save
+from mlxlora.plan import plan
 from mlxlora.quantize import QuantizeConfig
 from mlxlora.reporting.report import report
 from mlxlora.reporting.watch import FinetuneResult
@@ -36,6 +38,7 @@ from mlxlora.serve import serve
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control
 from mlxlora.training.optimizer import OptimizerConfig
+from mlxlora.tune import SearchConfig, tune
 from mlxlora.version import __version__
 
 __all__ = [
@@ -59,26 +62,32 @@ __all__ = [
     "RunError",
     "SamplesConfig",
     "SamplingConfig",
+    "SearchConfig",
     "TrainingConfig",
     "TrainingError",
     "UnsupportedError",
     "__version__",
+    "compare",
     "complete",
     "convert",
     "doctor",
     "evaluate",
     "finetune",
+    "from_rows",
     "fuse",
     "generate",
     "inject",
     "load",
     "load_adapter",
     "load_data",
+    "load_tokenizer",
     "merge",
+    "plan",
     "remove",
     "report",
     "save",
     "save_adapter",
     "serve",
     "stream",
+    "tune",
 ]

@@ -142,12 +142,13 @@ def _check_weights(path: Path) -> Callable[[nn.Module, dict[str, mx.array]], Non
     return check
 
 
-def load_tokenizer(path: Path, *, trust_remote_code: bool = False) -> Tokenizer:
+def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Tokenizer:
     """The tokenizer of a model directory.
 
     Raises ModelError when there is none, or when it is a sentencepiece file alone: only a conversion checks that the
     fast tokenizer made of it encodes alike.
     """
+    path = Path(path)
     if sentencepiece_model.needed(path):
         raise ModelError(
             f"{path} has its tokenizer as a sentencepiece file alone. Convert the model, which makes a fast tokenizer "

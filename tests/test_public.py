@@ -12,6 +12,7 @@ NAMES = """
     SamplesConfig SamplingConfig TrainingConfig TrainingError UnsupportedError __version__ complete convert doctor
     evaluate finetune fuse generate inject load merge
     load_adapter load_data remove report save save_adapter serve stream
+    SearchConfig compare from_rows load_tokenizer plan tune
 """
 
 

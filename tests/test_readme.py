@@ -1,10 +1,11 @@
-"""What the README shows runs as it stands there."""
+"""What README and the pages show runs as it stands there."""
 
 from __future__ import annotations
 
 import re
 import runpy
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mlxlora import cli
 from mlxlora.demo.run import demo
 
 ROOT = Path(__file__).parent.parent
+MODEL = ROOT / "mlxlora" / "demo" / "model"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [
     line
@@ -20,7 +22,13 @@ COMMANDS = [
     for line in block.splitlines()
     if line.startswith("mlxlora ")
 ]
-PYTHON = re.findall(r"```python\n(.*?)```", README, re.S)
+PYTHON = {
+    page.relative_to(ROOT).as_posix(): block
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    if page.stem != "demo"  # what it shows is what `place` does
+    and (block := "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)))
+}
+SHORTER = {"steps=40": "steps=2", "epochs=3": "steps=2"}
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +50,36 @@ def test_the_commands_run(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert (place / "my-run" / "report.html").is_file() and (place / "my-model.gguf").is_file()
 
 
-def test_the_python_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = place / "python"
-    folder.mkdir()
-    (folder / "demo-run").symlink_to(place / "demo-run")
-    monkeypatch.chdir(folder)
-    assert len(PYTHON) == 1
-    (folder / "shown.py").write_text(PYTHON[0].replace("steps=40", "steps=2"))
+@pytest.fixture
+def folder(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which the pages' names stand for what the demo left: models, adapters, rows."""
+    demo_run, rows = place / "demo-run", (place / "demo-run" / "data" / "test.jsonl").read_text().splitlines(True)
+    links = {"demo-run": demo_run, "Qwen/Qwen3-0.6B": MODEL}
+    links |= dict.fromkeys(("DIR", "MODEL", "models/qwen3", "qwen3-4bit"), demo_run / "base")
+    for name, target in links.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).symlink_to(target)
+    for name in ("run", "RUN", "RUN2", "RUN3", "other", "style", "runs/first"):
+        shutil.copytree(demo_run / "run", tmp_path / name)
+    for name in ("chats.jsonl", "heldout.jsonl"):
+        (tmp_path / name).write_text("".join(rows[:8]))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("page", PYTHON)
+def test_the_python_runs(folder: Path, page: str) -> None:
+    if page == "docs/convert.md":  # what a page makes must not be there
+        (folder / "qwen3-4bit").unlink()
+    if page == "docs/train.md":
+        shutil.rmtree(folder / "RUN")
+    code = PYTHON[page]
+    for long, short in SHORTER.items():
+        code = code.replace(long, short)
+    (folder / "shown.py").write_text(code)
     names = runpy.run_path("shown.py")
-    assert [adapter.scale for adapter in names["model"].adapters] == [0.8]
+    if page == "README.md":
+        assert [adapter.scale for adapter in names["model"].adapters] == [0.8]
 
 
 @pytest.mark.parametrize("name", ["sft_chat", "qlora_callback", "several_adapters"])
