@@ -17,6 +17,7 @@ from mlxlora.errors import ConfigError, UnsupportedError, nearest
 from mlxlora.files import read_yaml
 from mlxlora.metrics import Difference, Verdict
 from mlxlora.model import LanguageModel
+from mlxlora.prompts import chat_tokenizer
 
 NO_SCORES = ("alias", "sample_len", "sample_count")  # what the harness tells beside metrics
 Scores = dict[str, dict[str, "Measured"]]
@@ -97,7 +98,7 @@ def adapter_class() -> Any:
     class Loaded(base):  # type: ignore[misc, valid-type]
         def __init__(self, model: LanguageModel) -> None:
             super(base, self).__init__()
-            self._model, self.tokenizer = model.network, model.generation_tokenizer
+            self._model, self.tokenizer = model.network, chat_tokenizer(model)
             self._max_tokens, self._batch_size, self._sampler = None, 8, None
             self.use_chat_template = self.tokenizer.chat_template is not None
 

@@ -250,6 +250,14 @@ def with_stops(tokenizer: Any, stops: Sequence[int]) -> Any:
     return made
 
 
+def with_chats(tokenizer: Any, render: Callable[..., Any]) -> Any:
+    """The same wrapper with another `apply_chat_template(messages, **options)`, which all of mlx-lm asks for chats."""
+    made = copy.copy(tokenizer)
+    made.has_chat_template = True
+    made.apply_chat_template = render
+    return made
+
+
 def kept_cache(
     network: nn.Module, cache: list[Any] | None, held: Sequence[int], prompt: Sequence[int]
 ) -> tuple[Any, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mlxlora import mlxlm
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.control import ControlTokens, Reserved
 from mlxlora.data.formats import RowError, read_messages
@@ -19,6 +20,7 @@ from mlxlora.data.rendering import ChatRenderer
 from mlxlora.data.sample import Sample
 from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.errors import DataError
+from mlxlora.model import LanguageModel
 from mlxlora.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
@@ -107,6 +109,35 @@ class ChatPrompts:
             return ()
         found = pattern.match(after.lstrip()) if pattern is not None else None
         return (self._tokenizer.control_tokens[found.group()],) if found else ()
+
+
+def chat_tokenizer(model: LanguageModel) -> Any:
+    """mlx-lm's wrapper of a model's tokenizer, for its server and its harness, with conversations rendered by us.
+
+    The wrapper's own `apply_chat_template` runs the model's template in transformers: as long, and as large, as it
+    likes. A model without a template keeps what mlx-lm does for it.
+    """
+    wrapper = model.generation_tokenizer
+    if not model.tokenizer.chat_templates:
+        return wrapper
+    prompts = ChatPrompts(model.tokenizer)
+
+    def render(
+        messages: Sequence[Message],
+        *,
+        tokenize: bool = True,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        **options: Any,
+    ) -> Any:
+        made = prompts(messages, add_generation_prompt=add_generation_prompt, **options)
+        if tokenize:
+            return made.tokens
+        last = str(messages[-1].get("content") or "").strip()
+        cut = made.text.rfind(last) + len(last) if continue_final_message and last else len(made.text)
+        return made.text[:cut]
+
+    return mlxlm.with_stops(mlxlm.with_chats(wrapper, render), prompts.stops)
 
 
 def plain_prompt(tokenizer: Tokenizer, text: str) -> Prompt:

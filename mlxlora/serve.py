@@ -21,6 +21,7 @@ import mlx.core as mx
 from mlxlora import mlxlm
 from mlxlora.errors import ConfigError, MlxLoraError
 from mlxlora.model import LanguageModel, load
+from mlxlora.prompts import chat_tokenizer
 from mlxlora.requests import DEFAULT_MODEL, LOOPBACK, MAX_BODY, Refused, Rules, refuse
 
 TOKEN_VARIABLE = "MLXLORA_TOKEN"
@@ -211,14 +212,13 @@ class _Provider:
     def __init__(self, model: LanguageModel, max_tokens: int, origins: Sequence[str]) -> None:
         self._model = model
         self.model: Any = model.network
-        self.tokenizer: Any = model.generation_tokenizer
+        self.tokenizer: Any = chat_tokenizer(model)
         self.model_key: tuple[str, str | None, str | None] | None = None
         cache = mlxlm.prompt_cache(model.network)
         self.is_batchable = all(hasattr(layer, "merge") for layer in cache)
         self.cli_args = Namespace(
             model=None, adapter_path=None, draft_model=None, num_draft_tokens=0, chat_template="", pipeline=False,
-            # what a client writes into a message is text, whatever control token it spells
-            chat_template_args={"sanitize_control_tokens": True},
+            chat_template_args={},
             use_default_chat_template=False, trust_remote_code=False, allowed_origins=list(origins), temp=0.0,
             top_p=1.0, top_k=0, min_p=0.0, max_tokens=min(512, max_tokens), decode_concurrency=32, prompt_concurrency=8,
             prefill_step_size=2048, prompt_cache_size=10, prompt_cache_bytes=None, kv_bits=None, kv_group_size=64,

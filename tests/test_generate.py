@@ -9,7 +9,7 @@ import pytest
 from mlxlora import mlxlm, model
 from mlxlora.errors import ConfigError, DataError
 from mlxlora.generate import SamplingConfig, complete, generate, prompt_of, stream
-from mlxlora.prompts import ChatPrompts
+from mlxlora.prompts import ChatPrompts, chat_tokenizer
 from tests import tiny
 
 
@@ -120,3 +120,16 @@ def test_models_without_a_template(tmp_path: Path) -> None:
 def test_wrong_sampling_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         SamplingConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_mlx_lms_tools_are_given_our_chats(loaded: model.LanguageModel) -> None:
+    """Its server asks for tokens, its harness for text that ends in the middle of a turn."""
+    tokenizer = chat_tokenizer(loaded)
+    asked = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two <|im_end|>"}]
+    assert tokenizer.has_chat_template
+    tokens = tokenizer.apply_chat_template(asked[:1], add_generation_prompt=True)
+    assert tokens == ChatPrompts(loaded.tokenizer)(asked[:1]).tokens
+    whole = tokenizer.apply_chat_template(asked, tokenize=False)
+    begun = tokenizer.apply_chat_template(asked, tokenize=False, continue_final_message=True)
+    assert whole == begun + "<|im_end|>\n" and begun.endswith("two <|im_end|>")
+    assert set(ChatPrompts(loaded.tokenizer).stops) <= set(tokenizer.eos_token_ids)

@@ -3,6 +3,7 @@
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 from mlxlora import model
 from mlxlora.errors import ConfigError
 from mlxlora.generate import SamplingConfig, complete
+from mlxlora.prompts import ChatPrompts
 from mlxlora.requests import DEFAULT_MODEL, MAX_BODY, Refused, Rules
 from mlxlora.serve import Server, check_address, serve
 from tests import tiny
@@ -174,6 +176,36 @@ def test_what_a_user_writes_cannot_end_his_turn(server: Server, loaded: model.La
     status, answer = ask(server, {"messages": [message], "max_tokens": 1})
     plain = loaded.tokenizer.encode("<|im_start|>user\n" + message["content"] + "<|im_end|>\n<|im_start|>assistant\n")
     assert status == 200 and answer["usage"]["prompt_tokens"] > len(plain.ids)
+
+
+def test_the_template_runs_in_our_sandbox_with_our_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A template is a program of the model's: one that does not end, or breaks, costs its request alone."""
+    monkeypatch.setattr("mlxlora.data.template.SECONDS", 0.3)
+    loops = "{% if messages[-1].content == 'go' %}{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}"
+    reaches = "{% elif messages[-1].content == 'in' %}{{ messages.__class__.__mro__ }}"
+    template = loops + "{% endfor %}" + reaches + "{% endif %}" + tiny.CHATML
+    loaded = model.load(tiny.model_directory(tmp_path / "hostile", "qwen3", template=template))
+    with Server(loaded, port=0) as running:
+        before = time.monotonic()
+        for content, reason in (("go", "longer than"), ("in", "unsafe")):
+            status, answer = ask(running, {"messages": [{"role": "user", "content": content}], "max_tokens": 2})
+            assert 400 <= status < 500 and reason in str(answer), answer
+        assert time.monotonic() - before < 20
+        assert said(running)
+
+
+def test_conversations_are_those_of_generate(server: Server, loaded: model.LanguageModel) -> None:
+    """Tools, several turns, parts and a system prompt come out as `mlxlora generate` and training write them."""
+    messages: list[dict[str, Any]] = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "one "}, {"type": "text", "text": "two"}]},
+        {"role": "assistant", "content": "three"},
+        {"role": "user", "content": "four"},
+    ]
+    for asked in (messages, messages[1:], messages[:2], messages[:3]):
+        status, answer = ask(server, {"messages": asked, "max_tokens": 3, "model": "tiny-model"})
+        assert status == 200, answer
+        assert answer["usage"]["prompt_tokens"] == len(ChatPrompts(loaded.tokenizer)(asked).tokens)
 
 
 def test_seeds_repeat(server: Server) -> None:
