@@ -12,25 +12,19 @@ import numpy as np
 
 from mlxlora import hub
 from mlxlora.data.batches import plan_epoch
-from mlxlora.data.chat import ChatEncoder
 from mlxlora.data.config import BatchConfig, SamplesConfig
 from mlxlora.data.counts import Counts
 from mlxlora.data.dataset import Dataset
-from mlxlora.data.duplicates import Duplicates, digest, prompt_of
-from mlxlora.data.findings import Finding, Findings, texts_of
+from mlxlora.data.findings import PLACES, Finding, Findings
 from mlxlora.data.load import DataSplits, load
-from mlxlora.data.places import find
-from mlxlora.data.problems import Problems
-from mlxlora.data.reader import Encoder, FormatReader
-from mlxlora.data.records import Conversation, Record
+from mlxlora.data.look import Looker
+from mlxlora.data.reader import Encoder
 from mlxlora.data.show import Shown, for_page, for_terminal, shown
-from mlxlora.data.spans import Unusable
 from mlxlora.files import write_whole
 from mlxlora.model import load_tokenizer
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 
-LOOKED_AT = 50  # conversations on which the template's treatment of history is tried
 TERMINAL_TOKENS = 300  # of a sample on a terminal
 BINS = 12
 
@@ -136,7 +130,7 @@ def check(
     splits = load(data, tokenizer, replace(samples, allow_unusable=True), seed=seed, on_progress=on_progress)
     findings = Findings()
     _look_at_samples(splits, tokenizer, findings)
-    looker = _Looker(tokenizer, samples, findings)
+    looker = Looker(tokenizer, samples, findings)
     looker.look(data, on_progress)
     train, counts = splits.train, splits.counts["train"]
     batches = BatchConfig(batch_size=batch_size, tokens_per_batch=tokens_per_batch, max_length=samples.max_length)
@@ -182,10 +176,10 @@ def _look_at_samples(splits: DataSplits, tokenizer: Tokenizer, findings: Finding
     for counts in splits.counts.values():
         _look_at_counts(counts, findings)
     train, bos = splits.train, tokenizer.bos_id
-    for sample in train:
-        tokens = sample.tokens
-        if bos is not None and len(tokens) > 1 and tokens[0] == bos and tokens[1] == bos:
-            findings.add("double_bos", "a sample begins with two beginning-of-text tokens", sample.origin)
+    twice = np.flatnonzero((train.heads == (-2 if bos is None else bos)).all(axis=1))
+    for index in twice[:PLACES]:
+        findings.add("double_bos", "a sample begins with two beginning-of-text tokens", train.origin(int(index)))
+    findings.raise_count("double_bos", len(twice))
     share = int(train.trained.sum()) / max(1, int(train.lengths.sum()))
     if share < 0.05:
         findings.add("mostly_prompt", f"only {100 * share:.1f} % of the tokens are trained")
@@ -210,88 +204,6 @@ def _look_at_counts(counts: Counts, findings: Findings) -> None:
         kind = "untrained" if problem.what == "no token of it is learned" else "unlocated"
         if "max_length" not in problem.what:
             findings.add(kind, problem.what, problem.where)
-
-
-# -- warnings about rows ----------------------------------------------------------------------------------------------
-
-
-class _Looker:
-    """Reads the rows again, as people wrote them."""
-
-    def __init__(self, tokenizer: Tokenizer, config: SamplesConfig, findings: Findings) -> None:
-        self.config = config
-        self.findings = findings
-        self.encoder = Encoder(tokenizer, config)
-        self._tried = 0
-
-    def look(self, data: list[str], on_progress: Progress | None) -> None:
-        """Rows of all splits; validation rows are compared with training rows."""
-        places = find(data, self.config.cache)
-        if self.config.validation is not None:
-            places["valid"] = find([self.config.validation], self.config.cache)["train"]
-        rows: dict[bytes, str] = {}
-        prompts: dict[bytes, str] = {}
-        done, total = 0, sum(place.size for found in places.values() for place in found)
-        for split in ("train", "valid"):
-            duplicates = Duplicates()
-            for place in places.get(split, []):
-                reader = FormatReader(place.name, self.config, Problems())
-                for record, line in reader.records(place.rows(reader.problems)):
-                    where = f"{place.name}:{line}"
-                    self.findings.look(record, where)
-                    self._look_at_copies(record, where, duplicates)
-                    self._look_at_history(record, where)
-                    self._look_at_overlap(record, where, rows, prompts, train=split == "train")
-                done += place.size
-                if on_progress:
-                    on_progress("looking at the rows", done, total)
-
-    def _look_at_copies(self, record: Record, where: str, duplicates: Duplicates) -> None:
-        if copy := duplicates.copy_of(record, where):
-            kind, other = copy
-            like = "is the same as" if kind == "duplicate" else "is nearly the same as"
-            self.findings.add(kind, f"a row {like} another ({where} {like} {other})", where)
-
-    def _look_at_overlap(
-        self, record: Record, where: str, rows: dict[bytes, str], prompts: dict[bytes, str], *, train: bool
-    ) -> None:
-        whole = digest("\n".join(texts_of(record)))
-        prompt = prompt_of(record)
-        asked = digest(prompt) if prompt else None
-        if train:
-            rows[whole] = where
-            if asked:
-                prompts[asked] = where
-        elif whole in rows:
-            self.findings.add("overlap", f"a validation row is also trained on ({rows[whole]})", where)
-        elif asked and asked in prompts:
-            self.findings.add("same_prompt", f"a validation row asks what {prompts[asked]} asks", where)
-
-    def _look_at_history(self, record: Record, where: str) -> None:
-        """Does an answer read the same as history as it did when it was the last turn?"""
-        if not isinstance(record, Conversation) or self._tried >= LOOKED_AT:
-            return
-        said = [index for index, message in enumerate(record.messages) if message.role == "assistant"]
-        if len(said) < 2:
-            return
-        self._tried += 1
-        encoder = self.encoder.chat(tools=bool(record.tools))
-        if _changes_history(encoder, record, said[0]):
-            self.findings.add("history", "the template writes an answer differently once it is history", where)
-
-
-def _changes_history(encoder: ChatEncoder, conversation: Conversation, first: int) -> bool:
-    try:
-        whole = encoder.finder.find(conversation)
-        early = encoder.finder.find(replace(conversation, messages=conversation.messages[: first + 1]))
-    except Unusable:
-        return False
-    if not early.turns or not whole.turns:
-        return False
-    end = early.turns[-1].end
-    # how the turn ends may differ (<|return|> and <|end|>): that is no change of what was said
-    said = encoder.finder.control.without_end(early.text[:end])
-    return not whole.text.startswith(said)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from mlxlora.data.sample import Sample
 
 IntArray = npt.NDArray[np.int32]
+Some = TypeVar("Some", bound=np.generic)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Dataset(Sequence[Sample]):
     def _row(self, position: int) -> int:
         return position if self._index is None else int(self._index[position])
 
-    def _pick(self, values: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+    def _pick(self, values: npt.NDArray[Some]) -> npt.NDArray[Some]:
         return np.asarray(values) if self._index is None else np.asarray(values[self._index])
 
     @cached_property
@@ -108,6 +110,16 @@ class Dataset(Sequence[Sample]):
     def hashes(self) -> npt.NDArray[np.uint64]:
         """uint64 [N]: equal for samples with the same tokens and weights."""
         return self._pick(self._tokens.hashes).astype(np.uint64)
+
+    @property
+    def heads(self) -> IntArray:
+        """int32 [N, 2]: the first two tokens of each sample; -1 where there is none."""
+        begins, ends = self._pick(self._tokens.offsets[:-1]), self._pick(self._tokens.offsets[1:])
+        found = np.full((len(begins), 2), -1, np.int32)
+        for place in range(2):
+            there = begins + place < ends
+            found[there, place] = self._tokens.tokens[begins[there] + place]
+        return found
 
     def origin(self, position: int) -> str:
         """`file:line` of a sample."""
