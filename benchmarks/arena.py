@@ -70,6 +70,13 @@ class _Entrant:
         except EOFError:
             return "the process ended (out of memory?)"
 
+    def ask(self, what: str) -> Any:
+        try:
+            self.pipe.send(what)
+        except OSError:
+            return f"the process ended (exit {self.process.exitcode}; out of memory?)"
+        return self.take()
+
     def end(self) -> None:
         self.process.terminate()
         self.process.join()
@@ -93,8 +100,7 @@ def compete(scenario: Scenario, repeats: int, dtype: str = "float32") -> list[Re
                 entrants[name] = entrant
         for _ in range(repeats):
             for name, entrant in entrants.items():
-                entrant.pipe.send("step")
-                timing = entrant.take()
+                timing = entrant.ask("step")
                 if isinstance(timing, str):
                     results[name].failure = timing.splitlines()[0][:200]
                 else:

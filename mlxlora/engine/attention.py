@@ -244,6 +244,7 @@ def _backward(call: _Call, cotangent: mx.array, output: mx.array, logs: mx.array
     joined = [_joined([slab[index] for slab in slabs], 1) for index in range(3)]
     if call.sinks is not None:
         joined.append(mx.concatenate([slab[3] for slab in slabs]).astype(call.sinks.dtype))
+    settle(*joined)
     return tuple(joined)
 
 

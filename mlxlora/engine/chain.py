@@ -282,7 +282,8 @@ class Chain:
             block, (call, sides) = self.blocks[index], calls[index]
             keeps = gradients and (index >= self.first or self._starts_learning)
             inputs.append(x if keeps else None)
-            keep = keeps and grade == "products"
+            # the last block's backward pass comes first: keeping its products costs the peak nothing
+            keep = keeps and (grade == "products" or index == len(self.blocks) - 1)
             x, products = self.functions.forward(
                 block, call, layout, keep, x, sides, None if keys is None else keys[index]
             )
@@ -305,7 +306,7 @@ class Chain:
             assert slope is not None
             key_of = None if keys is None else keys[index]
             products = kept.pop()
-            if grade == "inputs":
+            if grade == "inputs" and index < len(self.blocks) - 1:
                 products = self.functions.forward(block, call, layout, True, given, sides, key_of)[1]
             found, slope = self.functions.backward(block, call, layout, given, sides, key_of, products, slope, further)
             del products

@@ -134,6 +134,7 @@ class Group:
     def _backward(
         self, x: mx.array, learned: Sequence[mx.array], zs: Sequence[mx.array], slopes: Sequence[mx.array]
     ) -> list[mx.array]:
+        settle(x)
         flat, shape = _flat(x)
         slopes = [_flat(slope)[0] for slope in slopes]
         factors = [a.astype(flat.dtype) for a in learned[::2]]

@@ -83,15 +83,18 @@ def on(tape: Tape | None) -> Iterator[None]:
         _tape.reset(token)
 
 
-def products(block: nn.Module) -> list[nn.Module]:
-    """The modules of `block` whose call is a matrix product; adapters count as one with what they adapt."""
+def products(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The modules of `block` whose call is a matrix product (adapters count as one with what they adapt); its norms."""
     found: list[nn.Module] = []
+    norms: list[nn.Module] = []
 
     def walk(value: Any) -> None:
         if isinstance(value, nn.Module) and (
             isinstance(value, (AdapterLayer, nn.Linear, nn.QuantizedLinear)) or own_class(value).__name__ in _SWITCHES
         ):
             found.append(value)
+        elif isinstance(value, (nn.RMSNorm, nn.LayerNorm)):
+            norms.append(value)
         elif isinstance(value, dict):
             for item in value.values():
                 walk(item)
@@ -100,7 +103,34 @@ def products(block: nn.Module) -> list[nn.Module]:
                 walk(item)
 
     walk(block)
-    return found
+    return found, norms
+
+
+@mx.custom_function
+def _stage(x: mx.array) -> mx.array:
+    """`x`; in the backward pass, what comes back to here is settled before it goes on."""
+    return x
+
+
+@_stage.vjp
+def _stage_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+    settle(cotangent)
+    return cotangent
+
+
+def _staged(module: nn.Module) -> Callable[..., Any]:
+    """A norm that parts the backward pass: its gradient is made of many arrays, and so is that of a rotation."""
+    inner = own_call(module)
+
+    def call(x: mx.array) -> Any:
+        tape = _tape.get()
+        out = inner(x)
+        if tape is None or not tape.reading:
+            return out
+        settle(out)
+        return _stage(out)
+
+    return call
 
 
 class Products:
@@ -110,7 +140,7 @@ class Products:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self._modules = products(block)
+        self._modules, self._norms = products(block)
         self._numbers = {id(module): number for number, module in enumerate(self._modules)}
         self._slots = {id(module): Slots(module) for module in self._modules}
         self._called: list[tuple[nn.Module, mx.array]] = []
@@ -149,6 +179,8 @@ class Products:
         hold = Hold()
         for module in self._modules:
             hold.on(module, self._held(module))
+        for module in self._norms:
+            hold.on(module, _staged(module))
         try:
             with hold:
                 yield
