@@ -134,7 +134,9 @@ def advice(backend: str, rate: float, recommended: int) -> list[str]:
     if backend == "CPU" and sys.platform == "linux" and rate < SLOW:
         said.append(
             "float32 products are slow: MLX found a reference BLAS. Install OpenBLAS (apt-get install "
-            "libopenblas0-pthread) and run with LD_PRELOAD=…/openblas-pthread/libopenblas.so.0; the Makefile does this"
+            "libopenblas0-pthread) and run with LD_PRELOAD=…/openblas-pthread/libopenblas.so.0, and with "
+            "OPENBLAS_CORETYPE=SKYLAKEX (AVX-512) or HASWELL (AVX2) if it is older than the processor; the Makefile "
+            "does both"
         )
     if recommended < 8e9:
         said.append("under 8 GB for MLX: take models of at most 3 B parameters in 4 bits")

@@ -42,12 +42,14 @@ class Pattern:
 
     window:   a query sees itself and window − 1 tokens before it
     lookback: no document reaches further back than this many tokens before the first query of a chunk; None: any
+    firsts:   for each token, the first that it may see in any row; None: not known when the step is traced
     softcap:  scores become softcap · tanh(score / softcap)
     chunk:    queries that attend at a time; 0 chooses by shape
     """
 
     window: int | None = None
     lookback: int | None = None
+    firsts: Sequence[int] | None = None
     softcap: float | None = None
     chunk: int = 0
 
@@ -101,15 +103,17 @@ class _Call:
         self.dtype = queries.dtype
         self.queries, self.keys, self.values = queries, keys, values
         self.sinks = sinks[0] if sinks else None
-        self.chunk = min(self.length, pattern.chunk or self._chunk())
-        one = self.rows * self.group * self.chunk * self.length
+        firsts = pattern.firsts
+        reach = self.length if firsts is None else max(at + 1 - first for at, first in enumerate(firsts))
+        self.chunk = min(self.length, pattern.chunk or self._chunk(reach))
+        one = self.rows * self.group * self.chunk * (self.length if firsts is None else reach + self.chunk)
         self.slab = max(1, min(self.key_heads, SCORES_AT_A_TIME // one))
 
-    def _chunk(self) -> int:
-        """A quarter of the queries in a short row (the triangle above the diagonal is saved), fewer where rows are
-        long."""
-        room = SCORES_AT_A_TIME // (self.rows * self.group * self.length)
-        return max(32, min(CHUNK, room, -(-self.length // 4)) // 16 * 16)
+    def _chunk(self, reach: int) -> int:
+        """A quarter of the queries in a short document (the triangle above the diagonal is saved), fewer where they
+        are long."""
+        room = SCORES_AT_A_TIME // (self.rows * self.group * reach)
+        return max(32, min(CHUNK, room, -(-reach // 4)) // 16 * 16)
 
     def slabs(self) -> Iterator[tuple[int, int]]:
         """Ranges of key heads that are computed together."""
@@ -119,14 +123,27 @@ class _Call:
     def chunks(self) -> list[tuple[int, int, int]]:
         """(first key, first query, end of both) of each chunk."""
         found = []
-        for start in range(0, self.length, self.chunk):
+        start = 0
+        while start < self.length:
+            end = self._end(start)
             back = [start]
             if self.pattern.window is not None:
                 back.append(self.pattern.window - 1)
-            if self.pattern.lookback is not None and self.segments is not None:
+            if self.pattern.firsts is not None:
+                back.append(start - self.pattern.firsts[start])
+            elif self.pattern.lookback is not None and self.segments is not None:
                 back.append(self.pattern.lookback)
-            found.append((start - min(back), start, min(start + self.chunk, self.length)))
+            found.append((start - min(back), start, end))
+            start = end
         return found
+
+    def _end(self, start: int) -> int:
+        """Where the chunk that begins at `start` ends: rather with a document than in the middle of the next."""
+        end = min(start + self.chunk, self.length)
+        firsts = self.pattern.firsts
+        if firsts is not None and end < self.length and firsts[end] > start + self.chunk // 2:
+            return firsts[end]
+        return end
 
     def folded(self, queries: mx.array) -> mx.array:
         """[B, k·G, C, d] → [B, k, G·C, d]: the heads of a group are more rows of one product."""
@@ -145,10 +162,15 @@ class _Call:
         window = self.pattern.window
         if window is not None and end - first > window:
             seen = seen & (query < key + window)
-        if self.segments is not None:
+        if self.segments is not None and not self._one_document(start, end):
             same = self.segments[:, None, start:end, None] == self.segments[:, None, None, first:end]
             seen = seen & same
         return seen
+
+    def _one_document(self, start: int, end: int) -> bool:
+        """Whether the queries [start, end) are known to be of one document (their keys are then of it too)."""
+        firsts = self.pattern.firsts
+        return firsts is not None and self.rows == 1 and firsts[start] == firsts[end - 1]
 
     def scores(
         self, queries: mx.array, keys: mx.array, chunk: tuple[int, int, int]
@@ -161,10 +183,10 @@ class _Call:
         if self.pattern.softcap is not None:
             capped = mx.tanh(scores * (1 / (unit() * self.pattern.softcap)))
             scores = capped * (unit() * self.pattern.softcap)
-        mask = self.allowed(*chunk)
+        mask = mx.where(self.allowed(*chunk), 0.0, -mx.inf)
         mask = mask[:, :, None] if mask.ndim == 4 else mask
         by_head = scores.reshape(rows, heads, self.group, folded // self.group, seen)
-        return mx.where(mask, by_head, -mx.inf).reshape(scores.shape), capped
+        return (by_head + mask).reshape(scores.shape), capped
 
     def sink(self, heads: tuple[int, int], like: mx.array) -> mx.array | None:
         """The sinks of a slab's heads in units of `power`: [1, k, G·C, 1]."""

@@ -22,6 +22,7 @@ from mlxlora.engine.hold import own_call
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.structure import structure
+from mlxlora.engine.traces import Traces
 
 Grade = Literal["products", "inputs"]
 
@@ -58,15 +59,15 @@ class BlockFunctions:
     """The functions of all blocks of one network, traced as they are needed."""
 
     def __init__(self, steering: Steering, compiled: bool) -> None:
-        self._steering, self.compiled = steering, compiled
-        self._traced: dict[Any, Callable[..., Any]] = {}
+        self._steering = steering
+        self.traces = Traces(compiled)
         self._unread: dict[Any, frozenset[tape.Site]] = {}
         self._sites: list[tape.Site] = []  # of the tape that was written last
         self._templates: dict[Any, tuple[Block, tape.Products]] = {}
 
     def close(self) -> None:
         """Forget what was traced."""
-        self._traced.clear()
+        self.traces.clear()
 
     def forward(
         self,
@@ -79,10 +80,8 @@ class BlockFunctions:
         key: mx.array | None,
     ) -> tuple[mx.array, list[mx.array]]:
         """The block's output for `x`, and, to `keep` for its backward pass, its matrix products."""
-        kind = ("forward", keep, block.structure, call.key(), replace(layout, segments=None), key is None)
-        if kind not in self._traced:
-            self._traced[kind] = self._compile(self._forward(block, call, layout, keep))
-        function = self._traced[kind]
+        kind = ("forward", keep, block.structure, call.key(), layout.kind, key is None)
+        function = self.traces.of(kind, self._forward(block, call, layout, keep))
         out: tuple[mx.array, list[mx.array]] = function(block.slots.get(), x, list(sides), *_given(layout, key))
         return out
 
@@ -99,15 +98,10 @@ class BlockFunctions:
         further: bool,
     ) -> tuple[list[mx.array], mx.array | None]:
         """The gradients of the block's learned arrays, and, if one is wanted `further` down, of its input."""
-        kind = ("backward", further, block.structure, call.key(), replace(layout, segments=None), key is None)
-        if kind not in self._traced:
-            self._traced[kind] = self._compile(self._backward(block, call, layout, further))
-        function = self._traced[kind]
+        kind = ("backward", further, block.structure, call.key(), layout.kind, key is None)
+        function = self.traces.of(kind, self._backward(block, call, layout, further))
         grads: list[mx.array] = function(block.slots.get(), x, list(sides), list(kept), cotangent, *_given(layout, key))
         return (grads[:-1], grads[-1]) if further else (grads, None)
-
-    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return mx.compile(function) if self.compiled else function
 
     def _template(self, block: Block) -> tuple[Block, tape.Products]:
         """The block that stands for all of its structure."""
@@ -123,7 +117,7 @@ class BlockFunctions:
             arrays: list[mx.array], x: mx.array, sides: list[mx.array], segments: list[mx.array], key: list[mx.array]
         ) -> tuple[mx.array, list[mx.array]]:
             written = tape.Tape(unread=unread, keeps=keep)
-            settled = nullcontext() if self.compiled else settling()
+            settled = nullcontext() if self.traces.compiled else settling()
             with self._within(block, layout, segments, key), block.slots.holding(arrays), settled:
                 out = _run(block, products, call, x, sides, written)
             self._sites = written.sites
@@ -152,7 +146,7 @@ class BlockFunctions:
 
             primals = [arrays[index] for index in slots.trainable] + ([x] if further else [])
             # the gradients of single products are traced inside of this, when `again` is over
-            settled = nullcontext() if self.compiled else settling_afterwards()
+            settled = nullcontext() if self.traces.compiled else settling_afterwards()
             with self._within(block, layout, segments, key), slots.holding(arrays), settled:
                 grads: list[mx.array] = mx.vjp(again, primals, [cotangent])[1]
             return grads
@@ -181,7 +175,7 @@ class BlockFunctions:
         name = (block.structure, call.key())
         if name in self._unread:
             return
-        self._traced.clear()
+        self.traces.clear()
         _, products = self._template(block)
         with products.looking():
             self.forward(block, call, layout, True, x, sides, None)
@@ -204,7 +198,7 @@ class BlockFunctions:
             if not all(mx.array_equal(a, b).item() for a, b in zip(found, expected, strict=True)):
                 unread.discard(site)
         self._unread[name] = frozenset(unread)
-        self._traced.clear()
+        self.traces.clear()
 
 
 def _run(

@@ -28,6 +28,7 @@ from mlxlora.engine.hold import Hold
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.slots import Slots
+from mlxlora.engine.traces import Traces
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 
 Part = tuple[str, int]  # a part of the step, and the block that it belongs to (−1: none)
@@ -42,12 +43,12 @@ class Chain:
     """Value and gradient of a step, block by block."""
 
     def __init__(self, anatomy: Anatomy, steering: Steering, loss_chunk: int, compiled: bool) -> None:
-        self._anatomy, self._steering, self._compiled, self._loss_chunk = anatomy, steering, compiled, loss_chunk
+        self._anatomy, self._steering, self._loss_chunk = anatomy, steering, loss_chunk
         self.blocks = [Block(module) for module in anatomy.blocks]
         self.outside = Slots(anatomy.network, without=anatomy.blocks)
         self._head = HeadView(anatomy, self.outside, loss_chunk)
         self.functions = BlockFunctions(steering, compiled)
-        self._traced: dict[Any, Callable[..., Any]] = {}
+        self._traces = Traces(compiled)
         self._calls: dict[Any, list[tuple[Call, list[int]]]] = {}
         self._frozen: FrozenStates | None = None
         self.send: Callable[..., None] = mx.async_eval  # how a block's work goes to the device; `mx.eval` waits for it
@@ -57,7 +58,7 @@ class Chain:
 
     def close(self) -> None:
         """Forget what was traced and kept."""
-        self._traced.clear()
+        self._traces.clear()
         self.functions.close()
         if self._frozen is not None:
             self._frozen.close()
@@ -81,12 +82,12 @@ class Chain:
     @property
     def compiled(self) -> bool:
         """Whether the parts are compiled; setting it forgets what was traced."""
-        return self._compiled
+        return self._traces.compiled
 
     @compiled.setter
     def compiled(self, value: bool) -> None:
         self.close()
-        self._compiled = self.functions.compiled = value
+        self._traces.compiled = self.functions.traces.compiled = value
 
     def verify(self, layout: Layout, grade: Grade) -> None:
         """Compare with the general way on a small batch; raises NotAChain where this model needs that one."""
@@ -110,10 +111,8 @@ class Chain:
         self, tokens: mx.array, layout: Layout, key: mx.array | None
     ) -> tuple[mx.array, list[tuple[Call, list[mx.array]]]]:
         """What reaches the first block, and how each block is called: `(x, [(call, other arrays), …])`."""
-        kind = ("start", replace(layout, segments=None), key is None, layout.segments is None, tokens.shape)
-        if kind not in self._traced:
-            self._traced[kind] = self._compile(self._start(kind, layout))
-        x, sides = self._traced[kind](self.outside.get(), tokens, *_given(layout, key))
+        kind = ("start", layout.kind, key is None, layout.segments is None, tokens.shape)
+        x, sides = self._traces.of(kind, self._start(kind, layout))(self.outside.get(), tokens, *_given(layout, key))
         return x, [(call, [sides[index] for index in indices]) for call, indices in self._calls[kind]]
 
     def _start(self, kind: Any, layout: Layout) -> Callable[..., Any]:
@@ -193,10 +192,9 @@ class Chain:
         """The objective from the last block's output: outcome, gradient of that output, gradients of what learns
         outside."""
         form = BatchForm(batch)
-        kind = ("finish", objective, form.key, replace(layout, segments=None), key is None, gradients)
-        if kind not in self._traced:
-            self._traced[kind] = self._compile(self._finish(objective, form, layout, gradients))
-        out = self._traced[kind](self.outside.get(), form.arrays(batch), last, *_given(layout, key))
+        kind = ("finish", objective, form.key, layout.kind, key is None, gradients)
+        function = self._traces.of(kind, self._finish(objective, form, layout, gradients))
+        out = function(self.outside.get(), form.arrays(batch), last, *_given(layout, key))
         return (out[0], None, []) if not gradients else (out[0], out[1], out[2])
 
     def _finish(self, objective: Objective, form: BatchForm, layout: Layout, gradients: bool) -> Callable[..., Any]:
@@ -235,10 +233,8 @@ class Chain:
         self, tokens: mx.array, layout: Layout, key: mx.array | None, cotangent: mx.array
     ) -> list[mx.array]:
         """Gradients of what learns outside of the blocks by way of what reaches the first block."""
-        kind = ("start gradient", replace(layout, segments=None), key is None)
-        if kind not in self._traced:
-            self._traced[kind] = self._compile(self._start_gradient(layout))
-        out: list[mx.array] = self._traced[kind](self.outside.get(), tokens, cotangent, *_given(layout, key))
+        function = self._traces.of(("start gradient", layout.kind, key is None), self._start_gradient(layout))
+        out: list[mx.array] = function(self.outside.get(), tokens, cotangent, *_given(layout, key))
         return out
 
     def _start_gradient(self, layout: Layout) -> Callable[..., Any]:
@@ -351,9 +347,6 @@ class Chain:
             if any(mx.any(mx.isnan(side)).item() for _, sides in calls for side in sides if _float(side)):
                 raise NotAChain("what learns outside of its blocks enters them from the side")
         self._reaching = reaching
-
-    def _compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        return mx.compile(function) if self._compiled else function
 
 
 def _float(array: mx.array) -> bool:

@@ -16,7 +16,7 @@ from mlxlora.engine.chain import Chain, NotAChain
 from mlxlora.engine.config import EngineConfig
 from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of
-from mlxlora.engine.packing import packing_refusal
+from mlxlora.engine.packing import end_to_end, packing_refusal
 from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 from mlxlora.errors import UnsupportedError
@@ -44,7 +44,8 @@ class Engine:
         self._anatomy = dissect(network, self.notes)
         self._steering = Steering(network)
         self._linear = self._attention_is_linear()
-        self._packs: bool | None = None
+        self._refusal: str | None = None
+        self._asked_to_pack = False
         self._general: General | None = None
         self._chain = self._verified_chain()
 
@@ -66,6 +67,8 @@ class Engine:
     def _run(
         self, objective: Objective, batch: Batch, key: mx.array | None, gradients: bool
     ) -> tuple[Outcome, dict[str, mx.array]]:
+        if batch.segments is None and self._linear and self._refusal_to_pack() is None:
+            batch = end_to_end(batch, traced=self.config.compiles)
         layout = self._layout(batch)
         if self._chain is not None:
             return self._chain.run(objective, batch, layout, key, gradients, self._grade())
@@ -126,14 +129,17 @@ class Engine:
         self._chain = self._general = None
 
     def _layout(self, batch: Batch) -> Layout:
-        if batch.segments is not None and self._packs is None:
-            reason = packing_refusal(self.network)
-            if reason is not None:
-                raise UnsupportedError(
-                    f"This model cannot train on packed rows: {reason}. Set samples.packing to false."
-                )
-            self._packs = True
-        return layout_of(batch.segments, linear=self._linear, chunk=self.config.attention_chunk)
+        reason = None if batch.segments is None else self._refusal_to_pack()
+        if reason is not None:
+            raise UnsupportedError(f"This model cannot train on packed rows: {reason}. Set samples.packing to false.")
+        return layout_of(
+            batch.segments, linear=self._linear, chunk=self.config.attention_chunk, traced=self.config.compiles
+        )
+
+    def _refusal_to_pack(self) -> str | None:
+        if not self._asked_to_pack:
+            self._refusal, self._asked_to_pack = packing_refusal(self.network), True
+        return self._refusal
 
     def _attention_is_linear(self) -> bool:
         """Whether attention in linear memory gives the model's own hidden states; the reason goes to the notes if

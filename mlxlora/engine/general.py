@@ -24,34 +24,32 @@ from mlxlora.engine.hold import Hold, own_call
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.slots import Slots
+from mlxlora.engine.traces import Traces
 
 
 class General:
     """Value and gradient of a whole step in one graph."""
 
     def __init__(self, anatomy: Anatomy, steering: Steering, loss_chunk: int, recompute: bool, compiled: bool) -> None:
-        self._anatomy, self._steering, self._recompute, self._compiled = anatomy, steering, recompute, compiled
+        self._anatomy, self._steering, self._recompute = anatomy, steering, recompute
         self._slots = Slots(anatomy.network)
         self._head = HeadView(anatomy, self._slots, loss_chunk)
         self._block_slots = [Slots(block) for block in anatomy.blocks]
-        self._traced: dict[Any, Callable[..., Any]] = {}
+        self._traces = Traces(compiled)
 
     def close(self) -> None:
         """Forget what was compiled."""
-        self._traced.clear()
+        self._traces.clear()
 
     def run(
         self, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None, gradients: bool
     ) -> tuple[Outcome, dict[str, mx.array]]:
         """The outcome, and the gradients by path (none without `gradients`)."""
         form = BatchForm(batch)
-        layout = replace(layout, segments=None)
-        kind = (objective, form.key, layout, key is None, gradients)
-        if kind not in self._traced:
-            step = self._step(objective, form, layout, gradients)
-            self._traced[kind] = mx.compile(step) if self._compiled else step
+        kind = (objective, form.key, layout.kind, key is None, gradients)
+        step = self._traces.of(kind, self._step(objective, form, layout, gradients))
         given = [] if key is None else [key]
-        outcome, grads = self._traced[kind](self._slots.get(), form.arrays(batch), *given)
+        outcome, grads = step(self._slots.get(), form.arrays(batch), *given)
         paths = [self._slots.paths[index] for index in self._slots.trainable]
         return outcome, dict(zip(paths, grads, strict=gradients))
 
@@ -65,7 +63,7 @@ class General:
                 return sum_, (count, metrics)
 
             learned = [arrays[index] for index in self._slots.trainable]
-            settled = nullcontext() if self._compiled else settling_afterwards() if gradients else settling()
+            settled = nullcontext() if self._traces.compiled else settling_afterwards() if gradients else settling()
             steered = self._steering.with_layout(replace(layout, segments=batch.segments))
             with steered, no_dropout_after(self._anatomy), settled:
                 if not gradients or not learned:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -39,14 +39,19 @@ class Layout:
 
     linear:   in linear memory, where the model's attention allows it
     segments: int [B, T], the document that a token belongs to, or None
-    lookback: see `Pattern`
-    chunk:    see `Pattern`
+    lookback, firsts, chunk: see `Pattern`
     """
 
     linear: bool
     segments: mx.array | None = None
     lookback: int | None = None
+    firsts: Sequence[int] | None = None
     chunk: int = 0
+
+    @property
+    def kind(self) -> Layout:
+        """Without what differs from batch to batch: equal for two batches that one trace serves."""
+        return replace(self, segments=None, firsts=None)
 
 
 @dataclass(slots=True)
@@ -117,7 +122,7 @@ def _attend(
         keys,
         values,
         scale=scale,
-        pattern=Pattern(mask.window, layout.lookback, softcap, layout.chunk),
+        pattern=Pattern(mask.window, layout.lookback, layout.firsts, softcap, layout.chunk),
         sinks=sinks,
         segments=layout.segments,
         result=None if known[0] is None or known[1] is None else (known[0], known[1]),
@@ -267,8 +272,11 @@ def _functions(cls: type) -> list[Any]:
     return [function for base in cls.__mro__ for function in vars(base).values()]
 
 
-def layout_of(segments: mx.array | None, *, linear: bool, chunk: int) -> Layout:
-    """The layout of a batch. Looks at the segments, which the data loader has made; nothing in flight is waited for."""
+def layout_of(segments: mx.array | None, *, linear: bool, chunk: int, traced: bool) -> Layout:
+    """The layout of a batch. Looks at the segments, which the data loader has made; nothing in flight is waited for.
+
+    `traced`: the layout is to serve other batches too, so it says no more than what they have in common.
+    """
     if segments is None:
         return Layout(linear, chunk=chunk)
     import numpy as np
@@ -278,7 +286,9 @@ def layout_of(segments: mx.array | None, *, linear: bool, chunk: int) -> Layout:
     starts[:, 1:] = numbers[:, 1:] != numbers[:, :-1]
     place = np.arange(numbers.shape[1])
     first = np.maximum.accumulate(np.where(starts, place, 0), axis=1)
+    if not traced:
+        return Layout(linear, segments, firsts=first.min(axis=0).tolist(), chunk=chunk)
     back = int((place - first).max(initial=0))
     # rounded up, so that few traces serve all batches
     step = max(64, 1 << max(0, (back - 1).bit_length() - 2)) if back > 1 else 64
-    return Layout(linear, segments, -(-back // step) * step, chunk)
+    return Layout(linear, segments, -(-back // step) * step, chunk=chunk)

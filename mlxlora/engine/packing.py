@@ -1,4 +1,4 @@
-"""Whether several documents can share a row with a model, and if not, why.
+"""Several documents in one row: whether a model computes them right, and a padded batch made into such a row.
 
 Most models can: attention is told who may see whom, and rotary positions are relative, so a document in the middle of
 a row is computed as if it stood alone. What carries a state from token to token (Mamba, linear attention,
@@ -8,13 +8,20 @@ two show when two documents are computed together and apart; the third shows at 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import relative_error, tolerance
 from mlxlora.engine.hold import own_class
 from mlxlora.engine.masks import Layout, Steering
 
+GRAIN = 8  # lengths of rows laid end to end are multiples of this
+TRACED_GRAIN = 64  # and of this, or of a sixteenth to a thirty-second, where each length is another trace
+WORTH_IT = 1 / 16  # the share of padding that is worth a mask
 RECURRENT = ("conv1d", "conv", "ssm", "mamba", "mixer", "deltanet", "rglru", "rwkv", "linear_attn", "recurrent")
 
 
@@ -40,6 +47,32 @@ def packing_refusal(network: nn.Module) -> str | None:
     if _is_recurrent(network):
         return "it carries a state from token to token, which documents in one row would share"
     return "its positions count from the start of the row, or its documents see each other"
+
+
+def end_to_end(batch: Batch, *, traced: bool) -> Batch:
+    """The batch with its rows laid end to end in a single one, if that leaves out enough padding; else as it is.
+
+    A row ends with its last scored position: what stands behind it is seen by nobody. Looks at what the data loader
+    has made; nothing in flight is waited for. Where steps are `traced`, the length is rounded so that one trace serves
+    many batches.
+    """
+    rows, length = batch.tokens.shape
+    places = np.array(batch.loss_positions)
+    row, column = np.divmod(places, length)
+    lengths = np.zeros(rows, np.int64)
+    np.maximum.at(lengths, row, column + 1)
+    total = int(lengths.sum())
+    grain = max(TRACED_GRAIN, 1 << max(0, total.bit_length() - 5)) if traced else GRAIN
+    total = -(-total // grain) * grain
+    if total > rows * length * (1 - WORTH_IT):
+        return batch
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    tokens, segments = np.zeros((1, total), np.int32), np.full((1, total), -1, np.int32)
+    for number, given in enumerate(np.array(batch.tokens)):
+        tokens[0, offsets[number] : offsets[number + 1]] = given[: lengths[number]]
+        segments[0, offsets[number] : offsets[number + 1]] = number
+    positions = mx.array((offsets[row] + column).astype(np.int32))
+    return replace(batch, tokens=mx.array(tokens), loss_positions=positions, segments=mx.array(segments))
 
 
 def _by_length(path: str, module: nn.Module) -> str | None:

@@ -45,16 +45,16 @@ def test_values_and_gradients(window: int | None, softcap: float | None, sink: b
     slope = mx.random.normal((2, HEADS, LENGTH, 6), key=keys[3])
     sinks = [mx.random.normal((HEADS,), key=keys[4])] if sink else []
     segments = SEGMENTS if packed else None
-    lookback = layout_of(segments, linear=True, chunk=0).lookback
+    layouts = [layout_of(segments, linear=True, chunk=0, traced=traced) for traced in (True, False)]
 
     def wanted(q: mx.array, k: mx.array, v: mx.array, sinks: Any = None) -> mx.array:
         return (plain(q, k, v, sinks, window, softcap, segments) * slope).sum()
 
     expected = mx.value_and_grad(wanted, argnums=tuple(range(3 + sink)))(q, k, v, *sinks)
-    for chunk in (16, 0, LENGTH):
+    for layout, chunk in itertools.product(layouts, (16, 0, LENGTH)):
+        pattern = Pattern(window, layout.lookback, layout.firsts, softcap, chunk)
 
-        def ours(q: mx.array, k: mx.array, v: mx.array, sinks: Any = None, chunk: int = chunk) -> mx.array:
-            pattern = Pattern(window, lookback, softcap, chunk)
+        def ours(q: mx.array, k: mx.array, v: mx.array, sinks: Any = None, pattern: Pattern = pattern) -> mx.array:
             return (attend(q, k, v, scale=0.3, pattern=pattern, sinks=sinks, segments=segments)[0] * slope).sum()
 
         found = mx.value_and_grad(ours, argnums=tuple(range(3 + sink)))(q, k, v, *sinks)

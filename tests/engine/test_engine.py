@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data import Batch
 from mlxlora.engine.config import EngineConfig
 from mlxlora.engine.engine import Engine
+from mlxlora.engine.packing import end_to_end
 from mlxlora.objectives.sft import sft
 from tests import reference, tiny
 
@@ -29,24 +31,39 @@ FAMILIES = [
     "gpt_oss",
     "cohere",
 ]
+EVEN = [32, 32, 32]
 LENGTHS = [23, 40, 9]
 
 
 def agree(network: nn.Module, config: EngineConfig, *, dropout: bool = False, pad: int = 3) -> Engine:
-    """Loss within 1e-6 and gradients within 1e-5 of the plain computation."""
-    batch = reference.padded(reference.samples(LENGTHS, tiny.VOCABULARY), pad_positions=pad)
+    """Loss within 1e-6 and gradients within 1e-5 of the plain computation.
+
+    For rows of one length, and for rows of many, which the engine lays end to end where the model allows it (dropout
+    then falls on other places, so it is compared for the former only).
+    """
     key = mx.random.key(5) if dropout else None
-    value, count, grads = reference.step(network, batch, key)
     engine = Engine(network, config)
-    total, weight, metrics, slopes = engine.value_and_grad(sft, batch, key)
-    assert metrics == {}
-    assert weight.item() == pytest.approx(count.item())
-    assert total.item() == pytest.approx(value.item(), rel=1e-6)
-    assert reference.gradient_error(slopes, grads) < 1e-5
-    if not dropout:
-        assert engine.evaluate(sft, batch)[0].item() == pytest.approx(value.item(), rel=1e-6)
+    for lengths in (EVEN,) if dropout else (EVEN, LENGTHS):
+        batch = reference.padded(reference.samples(lengths, tiny.VOCABULARY), pad_positions=pad)
+        value, count, grads = reference.step(network, batch, key)
+        total, weight, metrics, slopes = engine.value_and_grad(sft, batch, key)
+        assert metrics == {}
+        assert weight.item() == pytest.approx(count.item())
+        assert total.item() == pytest.approx(value.item(), rel=1e-6)
+        error = reference.gradient_error(slopes, grads)
+        assert error < 1e-5 or error < 3 * rounding(network, batch, grads)
+        if not dropout:
+            assert engine.evaluate(sft, batch)[0].item() == pytest.approx(value.item(), rel=1e-6)
     engine.close()
     return engine
+
+
+def rounding(network: nn.Module, batch: Batch, grads: Any) -> float:
+    """How far the plain computation in float32 is from the same in float64 (much, where scores are capped steeply)."""
+    copy = deepcopy(network)
+    copy.set_dtype(mx.float64)
+    with mx.stream(mx.cpu):
+        return reference.gradient_error(grads, reference.step(copy, batch)[2])
 
 
 def adapted(family: str, quantize: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
@@ -83,6 +100,42 @@ def test_packed_rows_are_their_samples_apart(family: str) -> None:
         total, _, _, slopes = engine.value_and_grad(sft, reference.batch([made[:3], made[3:]]))
         assert total.item() == pytest.approx(value.item(), rel=1e-6)
         assert reference.gradient_error(slopes, grads) < 1e-5
+
+
+def test_rows_laid_end_to_end() -> None:
+    """Everything scored is found at its new place, and a batch with little padding is left alone."""
+    for traced in (False, True):
+        batch = reference.padded(reference.samples([73, 130, 29], tiny.VOCABULARY), pad_positions=3)
+        joined = end_to_end(batch, traced=traced)
+        assert joined.tokens.shape == (1, 256 if traced else 232)
+        before, after = (one.tokens.reshape(-1)[one.loss_positions] for one in (batch, joined))
+        assert mx.array_equal(before, after)
+        assert joined.segments is not None
+        segments = joined.segments[0].tolist()
+        assert [segments.count(number) for number in range(3)] == [72, 129, 28]
+        assert end_to_end(joined, traced=traced) is joined
+    even = reference.padded(reference.samples([32, 31, 32], tiny.VOCABULARY))
+    assert end_to_end(even, traced=False) is even
+
+
+@pytest.mark.parametrize("compiled", ["always", "never"])
+def test_padding_is_left_out_of_the_step(compiled: Any) -> None:
+    """What a model that documents can share is given has no padding; one that cannot pack is given the rows."""
+    lengths, seen = [60, 200, 90], {}
+    batch = reference.padded(reference.samples(lengths, tiny.VOCABULARY))
+    for family in ("llama", "gpt2"):
+        network = adapted(family)
+        engine = Engine(network, EngineConfig(compile=compiled))
+        shapes = seen.setdefault(family, [])
+        layout = engine._layout
+        engine._layout = lambda given, layout=layout, shapes=shapes: (shapes.append(given.tokens.shape), layout(given))[
+            1
+        ]
+        value, _, grads = reference.step(network, batch)
+        total, _, _, slopes = engine.value_and_grad(sft, batch)
+        assert total.item() == pytest.approx(value.item(), rel=1e-6)
+        assert reference.gradient_error(slopes, grads) < 1e-5
+    assert seen == {"llama": [(1, 384 if compiled == "always" else 352)], "gpt2": [(3, 200)]}
 
 
 def test_compiled_step_with_new_weights() -> None:
