@@ -214,6 +214,8 @@ def _with_ours(function: Any, depth: int = 2) -> types.FunctionType | None:
 @cache
 def _steered_class(original: type[nn.Module]) -> type[nn.Module] | None:
     """A subclass of `original` whose methods see our functions; None if none of them uses any."""
+    if "rope" in original.__name__.lower():
+        return _restarting_class(original)
     methods: dict[str, Any] = {}
     for cls in reversed(original.__mro__):
         if cls.__module__.startswith("mlx."):
@@ -231,8 +233,27 @@ def _steered_class(original: type[nn.Module]) -> type[nn.Module] | None:
     return type(original.__name__, (original,), {**methods, "__module__": original.__module__})
 
 
+def _restarting_class(original: Any) -> type[nn.Module]:
+    """A subclass of rotary positions that counts from 0 in each document of a row.
+
+    Attention sees distances alone, so this changes rounding and nothing else: an angle is the more exact the smaller
+    it is.
+    """
+
+    def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        layout = _layout.get()
+        firsts = None if layout is None else layout.firsts
+        if firsts is None or args or kwargs or x.shape[0] != 1 or x.shape[-2] != len(firsts):
+            whole: mx.array = original.__call__(self, x, *args, **kwargs)
+            return whole
+        starts = [at for at, first in enumerate(firsts) if at == first and at]
+        return mx.concatenate([original.__call__(self, part) for part in mx.split(x, starts, axis=-2)], axis=-2)
+
+    return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
 class Steering:
-    """The modules of one network that ask for masks or attend."""
+    """The modules of one network that ask for masks, attend, or turn positions into angles."""
 
     def __init__(self, network: nn.Module) -> None:
         modules = [module for _, module in network.named_modules()]

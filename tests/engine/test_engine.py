@@ -14,6 +14,7 @@ from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data import Batch
 from mlxlora.engine.config import EngineConfig
 from mlxlora.engine.engine import Engine
+from mlxlora.engine.masks import Steering, layout_of
 from mlxlora.engine.packing import end_to_end
 from mlxlora.objectives.sft import sft
 from tests import reference, tiny
@@ -116,6 +117,21 @@ def test_rows_laid_end_to_end() -> None:
         assert end_to_end(joined, traced=traced) is joined
     even = reference.padded(reference.samples([32, 31, 32], tiny.VOCABULARY))
     assert end_to_end(even, traced=False) is even
+
+
+def test_positions_begin_anew_in_each_document() -> None:
+    """The angles of a document do not depend on where in the row it stands, so they are exact far from its start."""
+    rope = nn.RoPE(8, base=100.0)
+    x = mx.random.normal((1, 2, 4000, 8), key=mx.random.key(0))
+    segments = mx.array([[0] * 3990 + [1] * 10])
+    network = nn.Module()
+    network.rope = rope
+    steering = Steering(network)
+    alone = rope(x[:, :, 3990:])
+    for traced, same in ((False, True), (True, False)):
+        with steering.with_layout(layout_of(segments, linear=True, chunk=0, traced=traced)):
+            assert mx.array_equal(network.rope(x)[:, :, 3990:], alone).item() is same
+    assert type(network.rope) is nn.RoPE
 
 
 @pytest.mark.parametrize("compiled", ["always", "never"])

@@ -81,7 +81,7 @@ def test_what_is_kept_of_a_block_changes_nothing(family: str, dropout: float) ->
         engine.close()
     for grade in ("products", "inputs"):
         assert found[grade][0] == pytest.approx(found["none"][0], rel=1e-6)
-        assert reference.gradient_error(found[grade][1], found["none"][1]) < 1e-6
+        assert reference.gradient_error(found[grade][1], found["none"][1]) < 5e-6
     if dropout:
         engine = Engine(adapted(family, dropout=dropout), EngineConfig(checkpoint_blocks="none", compile="never"))
         assert engine.value_and_grad(sft, batch, mx.random.key(6))[0].item() != found["none"][0]
