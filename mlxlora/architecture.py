@@ -190,6 +190,12 @@ def silently_wrong(config: Config) -> list[str]:
         thetas = {part.get("rope_theta") for part in rope.values() if isinstance(part, dict)}
         if len(thetas) > 1:
             found.append("mlx-lm rotates the sliding layers of this olmo3 model like its full ones: logits differ.")
+    kept = text.get("index_topk")
+    if kind == "deepseek_v32" and isinstance(kept, int) and (not isinstance(longest, int) or kept < longest):
+        found.append(
+            f"mlx-lm and transformers do not choose the same {kept} tokens to attend to: texts longer than that get "
+            "other logits."
+        )
     if kind == "gpt_oss" and isinstance(scaling, dict) and scaling.get("truncate") is False:
         found.append("mlx-lm rounds the bounds of YaRN's ramp, which gpt_oss does not: logits differ by about 2e-2.")
     if kind in ("gemma", "starcoder2", "gpt_neox"):

@@ -204,6 +204,7 @@ def test_rope_by_kind_of_layer() -> None:
         ("qwen2", {"sliding_window": 64, "use_sliding_window": True}, "window"),
         ("phi3", {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "longrope"),
         ("llama", {"rope_scaling": {"type": "longrope", "long_factor": [1.0], "short_factor": [1.0]}}, "longrope"),
+        ("deepseek_v32", {"index_topk": 64}, "choose the same 64"),
     ],
 )
 def test_silently_wrong_settings_are_known(family: str, changes: dict[str, object], word: str) -> None:

@@ -22,8 +22,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlxlora import architecture, mlxlm
+from tests import families
+from tests.families import VOCABULARY
 
-VOCABULARY = 512
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -31,159 +32,20 @@ CHATML = (
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
-_COMMON: dict[str, Any] = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "vocab_size": VOCABULARY,
-    "max_position_embeddings": 512,
-    "rope_theta": 10000.0,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-    "torch_dtype": "float32",
-}
-_GEMMA = {"head_dim": 8, "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh"}
-_MLA = {
-    "num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "moe_layer_freq": 1,
-}  # fmt: skip
-_FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"architectures": ["LlamaForCausalLM"], "mlp_bias": False},
-    "mistral": {"architectures": ["MistralForCausalLM"], "head_dim": 8, "sliding_window": None},
-    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True, "use_sliding_window": False},
-    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 8, "tie_word_embeddings": True},
-    "gemma": {"architectures": ["GemmaForCausalLM"], **_GEMMA},
-    "gemma2": {
-        "architectures": ["Gemma2ForCausalLM"], **_GEMMA, "attn_logit_softcapping": 50.0,
-        "final_logit_softcapping": 30.0,
-        "query_pre_attn_scalar": 8, "sliding_window": 512,
-    },
-    "gemma3_text": {
-        "architectures": ["Gemma3ForCausalLM"], **_GEMMA, "query_pre_attn_scalar": 8, "sliding_window": 16,
-        "sliding_window_pattern": 2, "rope_local_base_freq": 10000.0, "rope_theta": 1000000.0,
-    },
-    "phi3": {"architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 512,
-    "partial_rotary_factor": 1.0},
-    "mixtral": {
-        "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
-        "sliding_window": None,
-    },
-    "qwen2_moe": {
-        "architectures": ["Qwen2MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32, "norm_topk_prob": False, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    },
-    "qwen3_moe": {
-        "architectures": ["Qwen3MoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "head_dim": 8, "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-    },
-    "olmoe": {
-        "architectures": ["OlmoeForCausalLM"], "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": False,
-    },
-    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
-    "deepseek_v2": {
-        "architectures": ["DeepseekV2ForCausalLM"], **_MLA, "topk_method": "greedy", "norm_topk_prob": False,
-        "head_dim": 8,
-        "rope_scaling": {
-            "type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "beta_fast": 32, "beta_slow": 1,
-        },
-    },
-    "deepseek_v3": {
-        "architectures": ["DeepseekV3ForCausalLM"], **_MLA, "topk_method": "noaux_tc", "scoring_func": "sigmoid",
-        "norm_topk_prob": True,
-    },
-    "gpt_oss": {
-        "architectures": ["GptOssForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
-        "sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"], "attention_bias": True,
-    },
-    "cohere": {
-        "architectures": ["CohereForCausalLM"], "logit_scale": 0.25, "tie_word_embeddings": True,
-        "layer_norm_eps": 1e-5,
-        "use_qk_norm": False,
-    },
-    "granite": {
-        "architectures": ["GraniteForCausalLM"], "logits_scaling": 2.0, "attention_multiplier": 0.35,
-        "embedding_multiplier": 2.0, "residual_multiplier": 0.5, "mlp_bias": False,
-    },
-    "smollm3": {
-        "architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0], "no_rope_layer_interval": 2,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-    },
-    "stablelm": {
-        "architectures": ["StableLmForCausalLM"], "use_qkv_bias": False, "partial_rotary_factor": 0.25,
-        "layer_norm_eps": 1e-5, "use_parallel_residual": False, "qk_layernorm": False,
-    },
-    "starcoder2": {
-        "architectures": ["Starcoder2ForCausalLM"], "norm_epsilon": 1e-5, "use_bias": True, "tie_word_embeddings": True,
-        "sliding_window": None,
-    },
-    "ernie4_5": {"architectures": ["Ernie4_5ForCausalLM"], "use_bias": False, "head_dim": 8},
-    "exaone4": {
-        "architectures": ["Exaone4ForCausalLM"], "head_dim": 8, "sliding_window": 64, "sliding_window_pattern": "LG",
-        "layer_types": ["sliding_attention", "full_attention"], "rope_scaling": None,
-    },
-    "helium": {"architectures": ["HeliumForCausalLM"], "head_dim": 8, "mlp_bias": False},
-    "nemotron": {
-        "architectures": ["NemotronForCausalLM"], "head_dim": 8, "partial_rotary_factor": 0.5, "norm_eps": 1e-5,
-        "hidden_act": "relu2", "mlp_bias": False,
-    },
-    "phi": {"architectures": ["PhiForCausalLM"], "partial_rotary_factor": 0.5, "layer_norm_eps": 1e-5},
-    "phimoe": {
-        "architectures": ["PhimoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2, "lm_head_bias": True,
-        "attention_bias": True,
-    },
-    "seed_oss": {"architectures": ["SeedOssForCausalLM"], "head_dim": 8},
-    "granitemoe": {
-        "architectures": ["GraniteMoeForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2,
-        "logits_scaling": 2.0, "attention_multiplier": 0.35, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
-    },
-    "dots1": {
-        "architectures": ["Dots1ForCausalLM"], "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1,
-        "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "use_qk_norm": True,
-        "scoring_func": "noaux_tc", "moe_layer_freq": 1,
-    },
-    "glm4_moe": {
-        "architectures": ["Glm4MoeForCausalLM"], "head_dim": 8, "n_routed_experts": 4, "n_shared_experts": 1,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "n_group": 1,
-        "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True, "partial_rotary_factor": 0.5,
-        "use_qk_norm": False, "rope_scaling": None,
-    },
-    "gpt_neox": {
-        "architectures": ["GPTNeoXForCausalLM"], "attention_bias": True, "rotary_pct": 0.25, "rotary_emb_base": 10000,
-        "layer_norm_eps": 1e-5, "use_parallel_residual": True,
-    },
-    "glm4": {
-        "architectures": ["Glm4ForCausalLM"], "head_dim": 8, "partial_rotary_factor": 0.5,
-    },
-}  # fmt: skip
-_GPT2 = {
-    "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 512, "n_embd": 32, "n_head": 4, "n_layer": 2,
-    "n_positions": 512, "layer_norm_epsilon": 1e-5, "vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 2,
-    "tie_word_embeddings": True, "torch_dtype": "float32",
-}  # fmt: skip
-
-FAMILIES = (*_FAMILIES, "gpt2")
+FAMILIES = (*families.FAMILIES, "gpt2")
 
 
 def config(family: str, **changes: Any) -> dict[str, Any]:
     """The configuration of a tiny model of `family` (one of FAMILIES; "gemma3" is its text model), with `changes`."""
     family = {"gemma3": "gemma3_text"}.get(family, family)
     if family == "gpt2":
-        return {**_GPT2, **changes}
-    return {**_COMMON, "model_type": family, **_FAMILIES[family], **changes}
+        return {**families.GPT2, **changes}
+    common = {
+        name: value
+        for name, value in families.COMMON.items()
+        if name != "rope_theta" or family not in families.NO_THETA
+    }
+    return {**common, "model_type": family, **families.FAMILIES[family], **changes}
 
 
 def network(family: str, seed: int = 0, *, dtype: mx.Dtype = mx.float32, **changes: Any) -> nn.Module:
@@ -200,7 +62,7 @@ def network(family: str, seed: int = 0, *, dtype: mx.Dtype = mx.float32, **chang
         if not mx.issubdtype(old.dtype, mx.floating):
             return old
         noise = mx.random.normal(old.shape, key=keys[name])
-        if old.ndim == 1:  # norms near one where they scale, biases near zero
+        if old.ndim < 2:  # norms near one where they scale, biases near zero
             return ((1.0 if "norm" in name and "bias" not in name else 0.0) + 0.1 * noise).astype(dtype)
         return (noise * (0.5 if "embed" in name or "wte" in name else 1.0) / old.shape[-1] ** 0.5).astype(dtype)
 

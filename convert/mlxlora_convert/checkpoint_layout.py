@@ -62,6 +62,30 @@ class Transpose:
 
 
 @dataclass(frozen=True, slots=True)
+class Convolution:
+    """A depthwise convolution [channels, width, 1] that the checkpoint stores [channels, 1, width]; the name stays."""
+
+    mlx: str
+
+    def apply(self, tensors: Tensors, config: Config) -> None:
+        for name in list(tensors):
+            if fit(self.mlx, name) is not None:
+                tensors[name] = mx.contiguous(tensors[name].swapaxes(1, 2))
+
+
+@dataclass(frozen=True, slots=True)
+class AsVector:
+    """A single number that the checkpoint stores as a vector of one; the name stays."""
+
+    mlx: str
+
+    def apply(self, tensors: Tensors, config: Config) -> None:
+        for name in list(tensors):
+            if fit(self.mlx, name) is not None:
+                tensors[name] = tensors[name].reshape(1)
+
+
+@dataclass(frozen=True, slots=True)
 class Unstack:
     """Stacked experts [experts, …], one tensor each in the checkpoint; `{e}` is the expert's number."""
 
@@ -146,15 +170,18 @@ _MLA: tuple[Rule, ...] = (
 )
 _GRANITE = "model.layers.{i}.block_sparse_moe"
 _OSS = "model.layers.{i}.mlp.experts"
+_LFM2 = "model.layers.{i}.feed_forward"
+_LFM2_NAMES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
+_XIELU = "model.layers.{i}.mlp.act_fn"
 _GPT2: tuple[Rule, ...] = (
     *(Transpose(f"model.h.{{i}}.{name}.weight") for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
     Rename("model.{rest}", "{rest}"),
 )
 # `sanitize()` changes no name and no value of these (it drops precomputed rotary tables and tied heads)
 _SAME = (
-    "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "granite", "helium",
-    "hunyuan_v1_dense", "llama", "ministral3", "mistral", "nemotron", "olmo2", "olmo3", "phi", "phi3", "qwen2", "qwen3",
-    "seed_oss", "smollm3", "stablelm", "starcoder2",
+    "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "gpt_bigcode",
+    "granite", "helium", "hunyuan_v1_dense", "llama", "ministral3", "mistral", "nemotron", "olmo2", "olmo3", "phi",
+    "phi3", "qwen2", "qwen3", "seed_oss", "smollm3", "stablelm", "starcoder2",
 )  # fmt: skip
 
 FAMILIES: dict[str, tuple[Rule, ...]] = {
@@ -166,7 +193,12 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
     "olmoe": _experts("mlp"),
     "glm4_moe": _experts("mlp"),
     "deepseek_v2": _experts("mlp"),
-    "deepseek_v3": (*_experts("mlp"), *_MLA),
+    "solar_open": _experts("mlp"),
+    "exaone_moe": (
+        *_experts("mlp"),
+        Rename("model.layers.{i}.mlp.gate.e_score_correction_bias", "model.layers.{i}.mlp.e_score_correction_bias"),
+    ),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe_lite"), (*_experts("mlp"), *_MLA)),
     "dots1": _experts("mlp", stack="experts"),
     "granitemoe": (
         StackHalves(
@@ -176,7 +208,27 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
         ),
         Rename(f"{_GRANITE}.switch_mlp.down_proj.weight", f"{_GRANITE}.output_linear.weight"),
     ),
+    "apertus": (AsVector(f"{_XIELU}.alpha_p"), AsVector(f"{_XIELU}.alpha_n")),
+    "lfm2": (Convolution("model.layers.{i}.conv.conv.weight"),),
+    "lfm2_moe": (
+        Convolution("model.layers.{i}.conv.conv.weight"),
+        *(
+            rule
+            for mlx, hf in _LFM2_NAMES
+            for rule in (
+                Unstack(f"{_LFM2}.switch_mlp.{mlx}.weight", f"{_LFM2}.experts.{{e}}.{hf}.weight"),
+                Rename(f"{_LFM2}.{mlx}.weight", f"{_LFM2}.{hf}.weight"),
+            )
+        ),
+    ),
+    **dict.fromkeys(("mamba", "mamba2"), (Convolution("backbone.layers.{i}.mixer.conv1d.weight"),)),
     "gpt2": _GPT2,
+    "gptj": (Rename("model.{rest}", "transformer.{rest}"),),
+    "gpt_neox": (
+        Rename("model.embed_out.{rest}", "embed_out.{rest}"),
+        Rename("model.h.{rest}", "gpt_neox.layers.{rest}"),
+        Rename("model.{rest}", "gpt_neox.{rest}"),
+    ),
     "gpt_oss": (
         Interleave(f"{_OSS}.gate_proj.weight", f"{_OSS}.up_proj.weight", f"{_OSS}.gate_up_proj"),
         Interleave(f"{_OSS}.gate_proj.bias", f"{_OSS}.up_proj.bias", f"{_OSS}.gate_up_proj_bias"),
