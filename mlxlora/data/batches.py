@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxlora.data.config import BatchConfig
+from mlxlora.data.cut import FINE, PADDING, cut, row_lengths
 from mlxlora.data.dataset import Dataset
 from mlxlora.data.sample import Batch
 
@@ -25,7 +26,7 @@ LongArray = npt.NDArray[np.int64]
 
 GRAIN = 8  # lengths of packed rows are multiples of this
 POOL = 256  # batches whose samples are sorted by length together
-PADDING = 0.03  # share of padding that rounding up to a row length may cost
+JITTER = 0.015  # of lengths by which a small set is sorted
 POSITION_GRAIN = 64  # smallest size of P, and what its sizes are multiples of
 
 
@@ -120,20 +121,24 @@ def _occurrences(count: int, repeats: npt.NDArray[np.float32] | None, random: np
 
 def _group(order: IntArray, lengths: IntArray, config: BatchConfig, random: np.random.Generator | None) -> EpochPlan:
     """Rows of one sample. Sorted by length within pools, so that the rows of a batch are about equally long."""
-    grid = row_lengths(lengths, config.lengths)
-    padded = grid[np.searchsorted(grid, lengths)] if len(lengths) else lengths
-    average = max(1, int(padded.mean())) if len(padded) else 1
+    average = max(1, int(lengths.mean())) if len(lengths) else 1
     rows = config.batch_size if config.tokens_per_batch is None else max(1, config.tokens_per_batch // average)
     pool = rows * POOL if random is not None else max(1, len(order))
-    ends: list[int] = []
-    sorted_order = np.empty_like(order)
     # pools of equal size, so that no small one is left over at the end with rows of very different length
     pools = np.array_split(order, max(1, round(len(order) / pool)))
+    few = len(order) <= rows * config.lengths  # batches: most can have a length of their own
+    grid = row_lengths(lengths, config.lengths, padding=FINE if few else PADDING)
+    padded = grid[np.searchsorted(grid, lengths)] if len(lengths) else lengths
+    ends: list[int] = []
+    sorted_order = np.empty_like(order)
     begin = 0
     for part in pools:
-        chosen = part[np.argsort(lengths[part], kind="stable")]
+        # rows that are padded to one length change places from epoch to epoch; of few rows, hardly any are, and the
+        # same would always share a batch
+        noise = random.normal(0, JITTER, len(part)) if few and random is not None else 0.0
+        chosen = part[np.argsort(padded[part] * np.exp(noise), kind="stable")]
         sorted_order[begin : begin + len(part)] = chosen
-        ends += _cut(padded[chosen], begin, config)
+        ends += [begin + end for end in cut(padded[chosen], int(lengths[chosen].sum()), config)]
         begin += len(part)
     batch_ends = np.array(ends, np.int64)
     starts = np.concatenate([np.zeros(1, np.int64), batch_ends[:-1]]) if len(ends) else batch_ends
@@ -147,20 +152,6 @@ def _group(order: IntArray, lengths: IntArray, config: BatchConfig, random: np.r
     return EpochPlan(
         flat, np.arange(1, len(flat) + 1), np.cumsum([len(rows) for rows in final], dtype=np.int64), longest
     )
-
-
-def _cut(padded: IntArray, offset: int, config: BatchConfig) -> list[int]:
-    """Where the batches of a sorted pool end."""
-    size = config.batch_size
-    if config.tokens_per_batch is None:
-        return [offset + min(end, len(padded)) for end in range(size, len(padded) + size, size)]
-    ends, begin = [], 0
-    for end in range(1, len(padded) + 1):
-        # sorted: the last row is the longest
-        if end == len(padded) or (end + 1 - begin) * int(padded[end]) > config.tokens_per_batch:
-            ends.append(offset + end)
-            begin = end
-    return ends
 
 
 def _pack(order: IntArray, lengths: IntArray, config: BatchConfig, random: np.random.Generator | None) -> EpochPlan:
@@ -209,41 +200,6 @@ def _best_fit(samples: IntArray, lengths: IntArray, capacity: int) -> list[list[
         room[left].append(row)
         free[left] = True
     return rows
-
-
-def row_lengths(lengths: IntArray, count: int, *, padding: float = PADDING) -> IntArray:
-    """The fewest row lengths that keep padding below `padding`, and at most `count`; ascending.
-
-    Dynamic programming over the histogram: few lengths mean few shapes to compile, the right ones mean little padding.
-    """
-    if not len(lengths):
-        return np.zeros(0, np.int32)
-    grain = -(-int(lengths.max()) // 512)  # at most 512 candidates
-    sizes, samples = np.unique(-(-lengths.astype(np.int64) // grain) * grain, return_counts=True)
-    if len(sizes) <= count:
-        return sizes.astype(np.int32)
-    many = np.concatenate([[0], np.cumsum(samples)])
-    # cost[i, j]: padded tokens when the sizes from i up to and with j all take length sizes[j]
-    cost = (many[None, 1:] - many[:-1, None]) * sizes[None, :]
-    cost = np.where(np.arange(len(sizes))[:, None] <= np.arange(len(sizes))[None, :], cost, np.iinfo(np.int64).max // 4)
-    best = cost[0]
-    choices = []
-    for _ in range(count - 1):
-        if best[-1] * (1 - padding) <= lengths.sum(dtype=np.int64):
-            break
-        total = np.concatenate([[0], best[:-1]])[:, None] + cost
-        choice = total.argmin(axis=0)
-        choices.append(choice)
-        best = total[choice, np.arange(len(sizes))]
-    ends, last = [], len(sizes) - 1
-    for choice in reversed(choices):
-        ends.append(last)
-        last = int(choice[last]) - 1
-        if last < 0:
-            break
-    if last >= 0:
-        ends.append(last)
-    return sizes[sorted(ends)].astype(np.int32)
 
 
 def position_count(count: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlxlora.data import BatchConfig, SamplesConfig, collate, from_rows, plan_epoch
-from mlxlora.data.batches import EpochPlan, Planned, position_count, row_lengths
+from mlxlora.data.batches import EpochPlan, Planned, position_count
+from mlxlora.data.cut import best_cut, row_lengths
 from mlxlora.tokenizer import Tokenizer
 
 CONFIGS = [
@@ -58,13 +61,68 @@ def test_batches_do_not_come_by_length() -> None:
     assert abs(np.corrcoef(order, np.arange(len(order)))[0, 1]) < 0.15
 
 
-@pytest.mark.parametrize("config", [BatchConfig(), BatchConfig(batch_size=8), BatchConfig(tokens_per_batch=4096)])
-@pytest.mark.parametrize("count", [2000, 20_000])
-def test_padding_stays_below_five_percent(config: BatchConfig, count: int) -> None:
-    lengths = log_normal(count)
-    plan = plan_epoch(lengths, config, seed=0, epoch=0)
-    assert 1 - lengths.sum() / plan.tokens < 0.05
-    assert len({length for _, length in plan.shapes}) <= 64
+@pytest.mark.parametrize(
+    ("count", "config"),
+    [
+        *itertools.product((200, 400, 1000, 2000, 20_000), (BatchConfig(), BatchConfig(batch_size=8))),
+        *itertools.product((200, 400, 1000, 2000), (BatchConfig(batch_size=2), BatchConfig(tokens_per_batch=2048))),
+        *itertools.product((1000, 2000, 20_000), (BatchConfig(batch_size=16), BatchConfig(tokens_per_batch=4096))),
+    ],
+)
+def test_padding_stays_below_five_percent(count: int, config: BatchConfig) -> None:
+    for seed in range(3):
+        lengths = log_normal(count, seed)
+        plan = plan_epoch(lengths, config, seed=seed, epoch=seed)
+        assert 1 - lengths.sum() / plan.tokens < 0.05
+        assert len({length for _, length in plan.shapes}) <= 64 and len(plan.shapes) <= 80
+        if config.tokens_per_batch is None:
+            least = -(-count // config.batch_size)
+            assert least <= len(plan) <= least * 9 / 8 + 1
+
+
+def test_where_rows_are_alike_no_batch_is_added() -> None:
+    for count in (10, 57, 200, 1000):
+        lengths = np.random.default_rng(0).integers(100, 104, count).astype(np.int32)
+        assert len(plan_epoch(lengths, BatchConfig(), seed=0, epoch=0)) == -(-count // 4)
+
+
+@pytest.mark.parametrize(
+    ("count", "config", "most"),
+    [(100, BatchConfig(), 0.75), (200, BatchConfig(batch_size=8), 0.75), (1000, BatchConfig(), 0.2),
+     (5000, BatchConfig(), 0.05), (400, BatchConfig(tokens_per_batch=2048), 0.7)],
+)  # fmt: skip
+def test_rows_meet_others_in_the_next_epoch(count: int, config: BatchConfig, most: float) -> None:
+    def pairs(epoch: int) -> set[tuple[int, int]]:
+        plan = plan_epoch(log_normal(count), config, seed=0, epoch=epoch)
+        return {pair for planned in plan for pair in itertools.combinations(sorted(planned.samples), 2)}
+
+    assert len(pairs(0) & pairs(1)) < most * len(pairs(0))
+
+
+@given(
+    st.lists(st.integers(1, 60), min_size=1, max_size=9), st.integers(1, 4), st.one_of(st.none(), st.integers(8, 150))
+)
+@settings(max_examples=100, deadline=None)
+def test_thebest_cut_is_the_best(lengths: list[int], rows: int, limit: int | None) -> None:
+    padded, config = np.array(lengths, np.int32), BatchConfig(batch_size=rows, tokens_per_batch=limit)
+
+    def cost(ends: tuple[int, ...]) -> float:
+        total = 0
+        for begin, end in itertools.pairwise([0, *ends, len(lengths)]):
+            spent = (end - begin) * max(lengths[begin:end])
+            if end - begin > 1 and (end - begin > rows if limit is None else spent > limit):
+                return np.inf
+            total += spent
+        return total
+
+    inner = range(1, len(lengths))
+    costs = [min(map(cost, itertools.combinations(inner, count - 1))) for count in range(1, len(lengths) + 1)]
+    for most in range(1, len(lengths) + 1):
+        if np.isfinite(costs[most - 1]):
+            assert cost(tuple(best_cut(padded, config, most, 0)[:-1])) == costs[most - 1]
+    for enough in (sum(lengths), 2 * sum(lengths), 3 * sum(lengths)):
+        ends = best_cut(padded, config, len(lengths), enough)
+        assert len(ends) == next((n for n, spent in enumerate(costs, 1) if spent <= enough), len(lengths))
 
 
 def test_packing_wastes_next_to_nothing() -> None:
