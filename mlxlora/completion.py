@@ -7,7 +7,8 @@ import shlex
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
-from mlxlora.cli import VERBS, build_parser
+from mlxlora.cli import VERBS
+from mlxlora.flags import build_parser
 
 Shell = Literal["bash", "zsh", "fish"]
 INSTALL: dict[str, str] = {
@@ -50,7 +51,7 @@ def flags_of(name: str) -> list[Flag]:
     """The flags of a verb, in the order of its help."""
     verb = VERBS[name]
     module, _, attribute = verb.function.partition(":")
-    parser = build_parser(name, verb, getattr(importlib.import_module(module), attribute))
+    parser = build_parser(getattr(importlib.import_module(module), attribute), verb.positional)
     flags = [
         Flag(option.removesuffix("_"), choices_of(action))
         for option, action in parser._option_string_actions.items()

@@ -6,13 +6,12 @@ import functools
 import importlib
 import re
 import shlex
-from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
-from mlxlora import cli
+from mlxlora import cli, flags
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "convert" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -23,21 +22,17 @@ NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 def parser_of(name: str) -> Any:
     verb = cli.VERBS[name]
     module, _, attribute = verb.function.partition(":")
-    return cli.build_parser(name, verb, getattr(importlib.import_module(module), attribute))
+    return flags.build_parser(getattr(importlib.import_module(module), attribute), verb.positional)
 
 
 @functools.cache
 def options(name: str) -> set[str]:
     """Every flag of a verb: those of option groups that may be left out (`--gguf.type`), and the groups themselves."""
-    parser = parser_of(name)
-    found = {flag.removesuffix("_") for flag in parser._option_string_actions}
-    for action in parser._actions:
-        for kind in get_args(getattr(action, "_typehint", None)):
-            found |= {f"--{action.dest}.{field.name}" for field in fields(kind)} if is_dataclass(kind) else set()
+    found = {f"--{option.removesuffix('_')}" for option in flags.options(parser_of(name))}
     return found | {flag.rpartition(".")[0] for flag in found if "." in flag}
 
 
-def flags(text: str) -> set[str]:
+def flags_in(text: str) -> set[str]:
     return set(re.findall(r"(?<![\w-])--[a-z][a-z_]*(?:\.[a-z][a-z_]*)*", text))
 
 
@@ -60,7 +55,7 @@ def test_commands_are_understood(page: str) -> None:
         words = re.split(r"\s[|>]\s", command)[0]
         name, rest = cli.find_verb(shlex.split(words, comments=True)[1:])
         if "--config" not in rest:
-            cli.parse(parser_of(name), cli.normalise(parser_of(name), cli.VERBS[name], rest))
+            flags.parse(parser_of(name), flags.normalise(parser_of(name), rest))
 
 
 @pytest.mark.parametrize("page", NAMES)
@@ -70,9 +65,9 @@ def test_options_that_are_mentioned_exist(page: str) -> None:
         words = shlex.split(command)[1:]
         if not words[0].startswith("-"):
             name, rest = cli.find_verb(words)
-            assert not flags(" ".join(rest)) - options(name), f"{page}: {command}"
+            assert not flags_in(" ".join(rest)) - options(name), f"{page}: {command}"
     everywhere = {"--traceback", "--version"}.union(*map(options, cli.VERBS))
-    assert not {flag for code in re.findall(r"`(--[^`]*)`", text) for flag in flags(code)} - everywhere, page
+    assert not {flag for code in re.findall(r"`(--[^`]*)`", text) for flag in flags_in(code)} - everywhere, page
 
 
 @pytest.mark.parametrize("page", NAMES)

@@ -13,7 +13,7 @@ LEVEL = {
     "objectives": 6, "training": 6, "prompts": 6, "generate": 6, "reporting": 7, "finetune": 8,
 }  # fmt: skip
 VERBS = 9  # every other module of mlxlora: evaluate, generate, fuse, plan, demo, …
-ALONE = {"cli": 10, "completion": 11, "__main__": 11, "__init__": 10}
+ALONE = {"flags": 9, "usage": 9, "cli": 10, "completion": 11, "__main__": 11, "__init__": 10}
 
 
 def level(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -30,9 +31,25 @@ def test_a_stray_word_is_not_called_an_option(capsys: pytest.CaptureFixture[str]
     assert "unexpected: extra" in capsys.readouterr().err
 
 
-def test_choices_are_written_alike_where_lines_wrap() -> None:
-    text = cli.readable("(type: Literal['one', 'two',\n    'three'], default: one)")
-    assert text == "(type: one | two |\n    three, default: one)"
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_help_speaks_no_python(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    assert cli.main([*verb.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: mlxlora {verb}") and all(len(line) <= 110 for line in text.splitlines())
+    assert not re.search(
+        r"Literal|Optional|Union|<class|typing|null\b(?! for)|\bNone\b|help\s+Show the help|_ |\(default: \)", text
+    )
+    bare = [line for line in text.splitlines() if re.match(r"  (--)?\S+( \S+)*$", line)]
+    below = text.splitlines()
+    assert all(below[below.index(line) + 1].startswith(" " * 20) for line in bare), "a flag without a word about it"
+
+
+def test_help_lists_the_options_of_groups_that_may_be_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["export", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Options of --to gguf:" in text and "--gguf.type f32|f16|bf16|" in text and "(default: f16)" in text
+    assert cli.main(["plan", "--help"]) == 0
+    assert "  --for TEXT " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -44,6 +61,16 @@ def test_choices_are_written_alike_where_lines_wrap() -> None:
         ("train --model m --data d --out o --adapter.layers foo", "a whole number or one of all"),
         ("train --model m --data d --out o --optimizer.betas 0.9", "but must be a list such as [0.9, 0.99]."),
         ("data check", "missing: DATA, --model"),
+        ("train --model m --data d --out o --adapter.rank 1.5", "--adapter.rank is 1.5, but must be a whole number."),
+        ("train --model m --data d --out o --gentle maybe", "--gentle is maybe, but must be true or false."),
+        ("train --model m --data d --out o --adapter.rank_pattern q", "--adapter.rank_pattern is q, but must be names"),
+        (
+            "export --model m --to gguf --out e.gguf --gguf.typ f16",
+            "unknown option --gguf.typ. Did you mean 'gguf.type'",
+        ),
+        ("export --model m --to gguf --out e.gguf --gguf f16", "a group of options: --gguf.NAME VALUE."),
+        ("convert --model m --out o --quantize.bit 4", "unknown option --quantize.bit. Did you mean 'quantize.bits'?"),
+        ("plan --fro M2", "unknown option --fro. Did you mean 'for'?"),
         ("train --model m --data d --out=", "--out is empty"),
         ("train --model m --out o --data=", "--data is empty"),
     ],

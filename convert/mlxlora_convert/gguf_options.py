@@ -16,7 +16,8 @@ TYPES: tuple[str, ...] = get_args(GGUFType)
 class GGUFOptions:
     """Options of a GGUF file.
 
-    type: the number format of the weights; vectors and routers stay float32
+    Attributes:
+        type: the number format of the weights; vectors and routers stay float32
     """
 
     type: GGUFType = "f16"
@@ -29,8 +30,10 @@ class GGUFOptions:
 class GGUFImportOptions:
     """Options of a model that is read from GGUF.
 
-    dtype: number format of what is not quantized (default: what most of the file is in, float16 for quantized files)
-    dequantize: make numbers of the quantized tensors too, instead of keeping them where MLX has the same
+    Attributes:
+        dtype: number format of what is not quantized (default: what most of the file is in, float16 for quantized
+            files)
+        dequantize: make numbers of the quantized tensors too, instead of keeping them where MLX has the same
     """
 
     dtype: Dtype | None = None

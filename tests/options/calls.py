@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from mlxlora import cli
+from mlxlora import cli, flags
 
 Views = dict[str, Any]
 Call = Callable[..., Any]
@@ -22,4 +22,4 @@ def parser_of(verb: str) -> tuple[Any, Call]:
     """The parser of a verb, and its function."""
     module, _, name = cli.VERBS[verb].function.partition(":")
     function = getattr(importlib.import_module(module), name)
-    return cli.build_parser(verb, cli.VERBS[verb], function), function
+    return flags.build_parser(function, cli.VERBS[verb].positional), function

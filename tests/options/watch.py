@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from mlxlora import cli
+from mlxlora import cli, flags
 from mlxlora.errors import MlxLoraError
 from mlxlora.serve import Server
 from tests.options import watch_learning, watch_using
@@ -27,11 +27,11 @@ def see(place: Place, verb: str, options: dict[str, str], eye: str) -> Views:
     positional = cli.VERBS[verb].positional
     words: list[str] = []
     for name, value in options.items():
-        many = name in positional or "list[" in cli.kind_of(parser._option_string_actions.get(f"--{name}"))
+        many = name in positional or "list[" in flags.kind_of(parser._option_string_actions.get(f"--{name}"))
         filled = [place.filled(word) for word in (value.split(" ") if many else [value])]
         words = [*filled, *words] if name in positional else [*words, f"--{name}", *filled]
     try:
-        arguments = cli.parse(parser, cli.normalise(parser, cli.VERBS[verb], words))
+        arguments = flags.parse(parser, flags.normalise(parser, words))
         for name in ("json", "config"):
             arguments.pop(name, None)
         with pytest.MonkeyPatch.context() as patch:

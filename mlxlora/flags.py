@@ -1,0 +1,220 @@
+"""The words of a command line as the arguments of a function, whose signature says which there are.
+
+In a module of its own, which `cli` imports late: jsonargparse takes a while.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import docstring_parser  # what jsonargparse reads docstrings with, too
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from mlxlora.errors import ConfigError, nearest
+from mlxlora.files import read_yaml
+
+SUPPLIED = ("control",)  # parameters that the command line fills in by itself, beside every `on_…`
+
+
+def build_parser(function: Callable[..., Any], positional: Sequence[str] = ()) -> ArgumentParser:
+    """The flags of a function, from its signature and docstring; parameters in `positional` stand without a flag."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parameters = inspect.signature(function).parameters
+    supplied = {parameter for parameter in parameters if parameter.startswith("on_") or parameter in SUPPLIED}
+    # no abbreviations: an option that a later version adds must not change what a command means
+    parser = ArgumentParser(exit_on_error=False, print_config=None, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="a YAML file with the same tree of options")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    about = {each.arg_name: each.description for each in docstring_parser.parse(function.__doc__ or "").params}
+    hints = inspect.get_annotations(function, eval_str=True) if positional else {}
+    for parameter in positional:
+        if "list" in str(hints[parameter]):
+            parser.add_argument(parameter, type=str, nargs="+", help=about.get(parameter))
+        else:
+            parser.add_argument(parameter, type=hints[parameter], help=about.get(parameter))
+    parser.add_function_arguments(function, skip={*supplied, *positional}, fail_untyped=True)
+    return parser
+
+
+def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
+    """Spell the flags as the parser wants them.
+
+    `--max-length` becomes `--max_length`; a switch needs no value; a list takes several values and several flags.
+    """
+    actions = parser._option_string_actions
+    result: list[str] = []
+    lists: dict[str, list[str]] = {}
+    index = 0
+    while index < len(words):
+        word = words[index]
+        index += 1
+        if not word.startswith("--"):
+            result.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        if flag not in actions:
+            flag = "--" + flag[2:].replace("-", "_")
+        if flag not in actions and f"{flag}_" in actions:  # a parameter that Python will not have by that name
+            flag += "_"
+        action = actions.get(flag)
+        kind = kind_of(action)
+        if "list[" in kind.lower():
+            values = [value] if equals else []
+            while not equals and index < len(words) and not words[index].startswith("--"):
+                values.append(words[index])
+                index += 1
+            if not values:
+                raise ConfigError(f"{flag} needs a value.")
+            lists.setdefault(flag, []).extend(values)
+        elif kind == "<class 'bool'>" and not equals and (index == len(words) or words[index].startswith("--")):
+            result.append(f"{flag}=true")
+        elif "Path" in kind and (value if equals else "".join(words[index : index + 1])) == "":
+            raise ConfigError(f"{flag} is empty. Give a path.")
+        elif kind in TEXTS and (equals or (index < len(words) and not words[index].startswith("--"))):
+            if not equals:
+                value = words[index]
+                index += 1
+            result.append(f"{flag}={value}")
+        else:
+            result.append(flag + equals + value)
+    for flag, values in lists.items():
+        if "" in values:  # as of an unset variable of the shell; as a path it would mean the current directory
+            raise ConfigError(f"{flag} is empty. Give a value.")
+        kind = kind_of(actions[flag])
+        alone = len(values) == 1 and (values[0].startswith("[") or "Union" in kind)  # a number may mean itself there
+        if "[str]" in kind:
+            result.append(f"{flag}={values[0] if alone else quoted(values)}")
+        else:
+            result.append(f"{flag}={values[0] if alone else '[' + ','.join(values) + ']'}")
+    return result
+
+
+TEXTS = ("typing.Optional[str]", "str | None", "typing.Optional[pathlib.Path]", "pathlib.Path | None")
+
+
+def quoted(values: list[str]) -> str:
+    """Texts as a list in YAML, whatever they hold."""
+    written: str = yaml.safe_dump(values, default_style='"', default_flow_style=True, width=10**9, allow_unicode=True)
+    return written.rstrip("\n")
+
+
+def options(parser: ArgumentParser) -> list[str]:
+    """The names of all options, those of groups that may be left out (`gguf.type`) among them."""
+    found = [flag.lstrip("-").removesuffix("_") for flag in parser._option_string_actions if not flag.endswith("+")]
+    return found + [f"{action.dest}.{field.name}" for action in parser._actions for field in fields_of(action)]
+
+
+def group_of(action: Any) -> type[Any] | None:
+    """The dataclass behind a group of options that may be left out."""
+    kinds = get_args(getattr(action, "_typehint", None))
+    return next((kind for kind in kinds if isinstance(kind, type) and is_dataclass(kind)), None)
+
+
+def fields_of(action: Any) -> tuple[Field[Any], ...]:
+    """The options of such a group; none for any other flag."""
+    group = group_of(action)
+    return fields(group) if group is not None else ()
+
+
+def kind_of(action: Any) -> str:
+    """The annotation behind a flag, as text."""
+    return str(getattr(action, "_typehint", ""))
+
+
+def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
+    """The arguments of the function. Raises ConfigError for anything that the parser does not take."""
+    known = options(parser)
+    check_config_files(words, {name.partition(".")[0] for name in known if "." in name})
+    try:
+        given = parser.parse_args(words)
+        for word in words:  # texts that YAML reads as no value at all, such as `# Rules` or `~`
+            flag, _, text = word.partition("=")
+            action = parser._option_string_actions.get(flag)
+            if (
+                action is not None
+                and kind_of(action) in TEXTS
+                and text not in ("", "null")
+                and given[action.dest] is None
+            ):
+                given[action.dest] = Path(text) if "Path" in kind_of(action) else text
+        return dict(vars(parser.instantiate(given)))
+    except ArgumentError as error:
+        raise ConfigError(explain(str(error), known)) from None
+
+
+def check_config_files(words: list[str], groups: set[str]) -> None:
+    """Read every --config file with our own careful reader first: safe YAML, no key twice, mappings for all groups."""
+    for index, word in enumerate(words):
+        if word.partition("=")[0] != "--config":
+            continue
+        path = word.partition("=")[2] or (words[index + 1] if index + 1 < len(words) else "")
+        if not path:
+            continue
+        content = read_yaml(Path(path))
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path} does not hold options by name. Write lines such as `model: DIR`.")
+        for name in sorted(groups & content.keys()):
+            if not isinstance(content[name], dict):
+                raise ConfigError(f"{path}: {name} holds options by name, not {content[name]!r}.")
+
+
+KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "list": "a list such as [1, 2]",
+    "List": "a list such as [1, 2]",
+    "dict": "names with values, such as '{name: value}'",
+    "tuple": "a list such as [0.9, 0.99]",
+}
+
+
+def explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message, with the nearest known option beside an unknown one."""
+    if match := re.match(r"unrecognized arguments: ([^-].*)", message):
+        return f"unexpected: {match[1]}. Values stand after their --option; quote one that holds spaces."
+    if match := re.match(r"unrecognized arguments: (?:--)?([\w.+-]+)", message):
+        name = match[1]
+        return f"unknown option --{name}.{nearest(name, known)}"
+    if match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
+        name = f"{match[1]}.{match[2]}"
+        return f"unknown option {name}.{nearest(name, known)}"
+    if match := re.search(r"(?:Key|Option) '(\S+)' is not (?:expected|accepted)", message):
+        if group := re.match(r'Parser key "([\w.]+)"', message):
+            name = f"{group[1]}.{match[1]}"
+            return f"unknown option --{name}.{nearest(name, known)}"
+        return f"unknown option {match[1]}.{nearest(match[1], known)}"
+    if match := re.match(r"the following arguments are required: (.*)", message):
+        return "missing: " + ", ".join(
+            f"--{name}" if name in known else name.upper() for name in match[1].replace(",", " ").split()
+        )
+    if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.S):
+        return explain_value(match, known)
+    return message
+
+
+def explain_value(match: re.Match[str], known: list[str]) -> str:
+    """What a value is, and what it must be."""
+    what = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[2]).replace("typing.", "")
+    inner = re.search(r'Parser key "(\w+)"', what)  # the field of a group that may also be left out
+    name = f"{match[1]}.{inner[1]}" if inner else match[1]
+    given = re.search(r"Got value: (\S+)|Given value: (\S+)", what)
+    kinds = {
+        f"one of {choices.replace(chr(39), '')}" if kind == "Literal" else KINDS.get(kind, kind)
+        for kind, choices in re.findall(r"Expected an? (\w+)(?:\[(.*?)\])?", what)
+        if kind != "NoneType"
+    }
+    if nested := re.search(r"Got value: NestedArg\(key='([\w.]+)'", what):
+        return f"unknown option --{name}.{nested[1]}."
+    if "import path" in what:
+        return f"--{match[1]} stands for a group of options: --{match[1]}.NAME VALUE."
+    if given and kinds:
+        return f"--{name} is {given[1] or given[2]}, but must be {' or '.join(sorted(kinds))}."
+    return f"--{match[1]}: " + " ".join(what.split())
