@@ -5,6 +5,8 @@
 VENV ?= .venv
 PYTHON ?= $(firstword $(foreach v,3.11 3.12 3.13 3.14,$(shell command -v python$(v) 2>/dev/null)) python3)
 BIN := $(VENV)/bin
+# setuptools warns of every editable installation
+PIP := env PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
 # On Linux MLX's wheel links a reference BLAS; with OpenBLAS in front float32 products are up to 49 times faster.
 OPENBLAS ?= $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib/*/libopenblas.so.0 \
@@ -34,8 +36,8 @@ $(BIN)/.ready: pyproject.toml
 	  { echo "mlxlora needs Python 3.11 or newer, but $(PYTHON) is older. Say which: make PYTHON=/path/to/python3.12"; exit 2; }
 	@$(BIN)/python -c '' 2>/dev/null || rm -rf $(VENV)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(PIP) --upgrade pip
+	$(PIP) --editable '.[dev]'
 	@touch $@
 
 setup:
@@ -59,20 +61,20 @@ test: lint
 	$(TESTS) -n 2 -m "not parity and not faults and not architectures"
 
 parity: setup
-	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/python -m pip install --quiet 'torch==2.13.0'
-	$(BIN)/python -m pip install --quiet --editable '.[parity]'
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) 'torch==2.13.0'
+	$(PIP) --editable '.[parity]'
 	$(TESTS) -n 2 -m parity
 
 # atheris (coverage-guided fuzzing) has wheels for Linux alone; without it those tests are skipped
 faults: setup
-	$(BIN)/python -c 'import atheris' 2>/dev/null || $(BIN)/python -m pip install --quiet 'atheris>=3.0' || true
+	$(BIN)/python -c 'import atheris' 2>/dev/null || $(PIP) 'atheris>=3.0' || true
 	$(TESTS) -m faults -s
 
 architectures: setup
 	$(TESTS) -m architectures -s
 
 bench: setup
-	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	$(PIP) --editable '.[bench]'
 	$(FAST) $(BIN)/python -m benchmarks
 
 clean:

@@ -14,7 +14,7 @@ import pytest
 from mlxlora import cli, flags
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "convert" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "convert" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 

@@ -1,4 +1,4 @@
-"""The tables of docs/train.md, from the option classes and their field docstrings: python docs/train_options.py"""
+"""The tables of docs/train.md, from the option classes and their field docstrings: python -m tests.option_tables"""
 
 from __future__ import annotations
 
