@@ -37,6 +37,8 @@ class DataCheck:
     lengths: shortest, median, 90th percentile and longest sample, in tokens
     histogram: samples by length: (shortest, longest, how many)
     unmasked: rows whose answer could not be located, and which are left out
+    truncated, dropped: samples longer than max_length, which are cut or left out
+    rejected: rows whose ending is labelled as bad
     padding, packed_padding: share of a batch that is padding, one sample a row and packed
     steps: optimizer steps of an epoch with this batch size
     findings: warnings
@@ -57,6 +59,7 @@ class DataCheck:
     unmasked: int
     truncated: int
     dropped: int
+    rejected: int
     padding: float
     packed_padding: float
     steps: int
@@ -74,10 +77,14 @@ class DataCheck:
             ("samples", f"{self.samples:,} to train on, {self.validation:,} for validation ({self.rows:,} rows)"),
             ("tokens", f"{self.tokens:,}, of which {self.trained_tokens:,} are trained ({share:.0f} %)"),
             ("length", f"{shortest:,} to {longest:,} tokens, median {median:,}, 90 % below {ninetieth:,}"),
-            ("left out", f"{self.dropped:,} too long, {self.unmasked:,} without an answer; {self.truncated:,} are cut"),
+            ("left out", self._left_out()),
             ("padding", f"{100 * self.padding:.1f} % ({100 * self.packed_padding:.1f} % with --samples.packing)"),
             ("steps", f"{self.steps:,} an epoch"),
         ]
+
+    def _left_out(self) -> str:
+        bad = f"{self.rejected:,} labelled as bad, " if self.rejected else ""
+        return f"{bad}{self.dropped:,} too long, {self.unmasked:,} without an answer; {self.truncated:,} are cut"
 
     def __str__(self) -> str:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -127,8 +134,12 @@ def check(
     Raises DataError with every row that cannot be read (file:line).
     """
     tokenizer = load_tokenizer(hub.find(model), trust_remote_code=trust_remote_code)
-    splits = load(data, tokenizer, replace(samples, allow_unusable=True), seed=seed, on_progress=on_progress)
+    config = replace(samples, allow_unusable=True, preference="chosen")
+    splits = load(data, tokenizer, config, seed=seed, on_progress=on_progress)
     findings = Findings()
+    others = sorted({*splits.formats.values()} & {"preference", "kto", "answer"})
+    if others and samples.preference == "refuse":
+        findings.add("objective", f"the rows are for another objective ({', '.join(others)})")
     _look_at_samples(splits, tokenizer, findings)
     looker = Looker(tokenizer, samples, findings)
     looker.look(data, on_progress)
@@ -154,6 +165,7 @@ def check(
         unmasked=counts.unlocated,
         truncated=counts.truncated,
         dropped=counts.dropped,
+        rejected=counts.rejected,
         padding=1 - seen / max(1, plan.tokens),
         packed_padding=1 - seen / max(1, packed.tokens),
         steps=len(packed if samples.packing else plan),

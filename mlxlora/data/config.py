@@ -34,7 +34,8 @@ class SamplesConfig:
     prompts: Literal["auto", "chat", "plain"] = "auto"
     """how prompt/completion rows are written: as a chat, as plain text, or (auto) as a chat if there is a template"""
     preference: Literal["refuse", "chosen"] = "refuse"
-    """rows with a chosen and a rejected ending: refuse them, or learn the chosen one"""
+    """rows for other objectives: refuse them, or learn their good endings: the chosen one of a pair, what is labelled
+    true, the answer to a prompt"""
     date: str = "2024-07-26"
     """the date that templates with a date in their system prompt (Llama 3) are told; one date, so that the same data
     gives the same tokens every day"""

@@ -19,6 +19,7 @@ class Counts:
     truncated, dropped: longer than max_length and cut, or left out
     unlocated: left out, because their answer could not be located in the rendered template
     untrained: left out, because no token of theirs is learned
+    rejected: left out, because their ending is labelled as bad
     dropped_thinking: assistant turns whose reasoning the template leaves out
     unended: samples with a turn that no token ends
     listed: `file:line` and reason of the rows left out, of the first thousand
@@ -31,6 +32,7 @@ class Counts:
     dropped: int = 0
     unlocated: int = 0
     untrained: int = 0
+    rejected: int = 0
     dropped_thinking: int = 0
     unended: int = 0
     listed: list[Problem] = field(default_factory=list)
@@ -55,7 +57,7 @@ class Counts:
     def refuse_unusable(self, split: str, *, allow: bool) -> None:
         """Raise DataError when no sample is left, or when too many have nothing to learn from."""
         if not self.samples:
-            nothing = "every row is longer than max_length" if self.rows else "there are no rows"
+            nothing = "every row is labelled as bad" if self.rejected else "there are no rows"
             problems = self.listed or [Problem("", nothing)]
             raise DataError.of(f"no sample of the {split} data can be used:", problems)
         everything = self.samples + self.lost

@@ -209,6 +209,8 @@ def no_text(record: Record) -> Found:
 RULES: tuple[Callable[[Record], Found], ...] = (roles_out_of_order, empty_answers, cut_answers, secrets, no_text)
 
 ADVICE = {
+    "objective": "Training refuses them; the figures are for their good endings alone, as --samples.preference chosen "
+    "learns them.",
     "roles": "Most templates want an optional system message, then user and assistant in turns.",
     "empty": "Remove these rows: they teach to say nothing.",
     "cut": "Generate or copy them whole, or the model learns to stop in the middle.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from mlxlora.data import formats
@@ -14,7 +15,18 @@ from mlxlora.data.formats import RowError
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import template_source
 from mlxlora.data.problems import Problems
-from mlxlora.data.records import Completion, Conversation, Document, History, Message, Preference, Record, TextRun
+from mlxlora.data.records import (
+    Completion,
+    Conversation,
+    Document,
+    History,
+    Judged,
+    Message,
+    Preference,
+    Question,
+    Record,
+    TextRun,
+)
 from mlxlora.data.sample import Sample
 from mlxlora.data.store import Writer
 from mlxlora.data.template import ChatTemplate
@@ -96,12 +108,12 @@ class Encoder:
         """Encode the records of one file and append their samples."""
         filler = self.text.filler() if self.config.fill else None
         for chunk in _chunks(records):
-            try:
-                encoded = self.encode([record for record, _ in chunk])
-            except UnsupportedError as error:
-                raise UnsupportedError(f"{name}: {error}") from None
+            if self.config.preference == "refuse":
+                _refuse_others(chunk, name)
+            encoded = self.encode([record for record, _ in chunk])
             for (record, line), items in zip(chunk, encoded, strict=True):
                 counts.rows += 1
+                counts.rejected += isinstance(record, Judged) and not record.good
                 origin = f"{name}:{line}" if line else name
                 for item in items:
                     if filler is not None and isinstance(record, Document) and item.sample is not None:
@@ -145,9 +157,8 @@ class Encoder:
 
     def encode(self, records: Sequence[Record]) -> list[list[Encoded]]:
         """The samples of each record."""
-        if self.config.preference == "chosen":
-            records = [record.chosen if isinstance(record, Preference) else record for record in records]
         result: list[list[Encoded]] = [[] for _ in records]
+        records = [_good_ending(record) for record in records]
         documents = _those(records, Document)
         for index, group in zip(documents, self.text.encode([records[i].text for i in documents]), strict=True):  # type: ignore[union-attr]
             result[index] = [Encoded(window) for sample in group for window in self.text.fitted(sample)]
@@ -157,7 +168,7 @@ class Encoder:
             result[index] = [item]
         for index in _those(records, History):
             result[index] = [self._history(records[index])]  # type: ignore[arg-type]
-        done = {*documents, *plain, *_those(records, History)}
+        done = {*documents, *plain, *_those(records, History), *_those(records, Judged)}
         self._encode_chats([i for i in range(len(records)) if i not in done], records, result)
         return result
 
@@ -204,16 +215,39 @@ def _those(records: Sequence[Record], kind: type[Record]) -> list[int]:
 
 
 def _conversation(record: Record) -> Conversation:
-    if isinstance(record, Conversation):
-        return record
     if isinstance(record, Completion):
         asked = [Message("user", record.prompt)] if record.prompt else []
         return Conversation([*asked, Message("assistant", record.completion)])
-    advice = " Or learn the chosen endings with --samples.preference chosen." if isinstance(record, Preference) else ""
-    raise UnsupportedError(
-        f"these rows are for another objective ({type(record).__name__.lower()} rows); supervised fine-tuning wants "
-        f"messages, prompt/completion or text.{advice}"
-    )
+    assert isinstance(record, Conversation)
+    return record
+
+
+def _good_ending(record: Record) -> Record:
+    """What is learned of a row for another objective; a bad ending stays `Judged`, and nothing of it is learned."""
+    match record:
+        case Preference(chosen, _):
+            return chosen
+        case Judged(inner, True):
+            return inner
+        case Question(str() as prompt, answer):
+            return Completion(prompt, answer)
+        case Question(Conversation() as prompt, answer):
+            asked = [replace(message, weight=0.0) for message in prompt.messages]
+            return Conversation([*asked, Message("assistant", answer)], prompt.tools)
+        case _:
+            return record
+
+
+def _refuse_others(chunk: Sequence[tuple[Record, int]], name: str) -> None:
+    """Raise UnsupportedError for rows that are for another objective."""
+    for record, line in chunk:
+        if isinstance(record, Preference | Judged | Question):
+            what = {"Preference": "a chosen and a rejected ending", "Judged": "a label (KTO)", "Question": "an answer"}
+            raise UnsupportedError(
+                f"{name}:{line}: rows with {what[type(record).__name__]} are for another objective; supervised "
+                "fine-tuning wants messages, prompt/completion or text. To learn the good endings alone, give "
+                "--samples.preference chosen."
+            )
 
 
 def _chunks(records: Iterable[tuple[Record, int]]) -> Iterator[list[tuple[Record, int]]]:

@@ -120,6 +120,16 @@ def test_templates_are_looked_at(jsonl: Write, tmp_path: Path) -> None:
     assert with_template(forgetful, [talk(f"one {i}", "<think>why</think>two") for i in range(30)])["thinking"] == 30
 
 
+@pytest.mark.parametrize(
+    "row", [{"chosen": "a", "rejected": "b"}, {"completion": "a", "label": True}, {"answer": "a"}]
+)  # fmt: skip
+def test_rows_for_other_objectives_can_be_looked_at(row: dict, jsonl: Write, model: Path) -> None:
+    path = str(jsonl([{"prompt": f"question {i}", **row} for i in range(30)]))
+    found = check([path], model=str(model))
+    assert found.samples == 28 and kinds(found) == {"objective": 1}
+    assert not kinds(check([path], model=str(model), samples=SamplesConfig(preference="chosen")))
+
+
 def test_double_beginning_of_text(jsonl: Write, tmp_path: Path) -> None:
     from tests.chat_families import hf_tokenizer
 

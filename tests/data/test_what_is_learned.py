@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlxlora.data import SamplesConfig, from_rows
+from mlxlora.data import SamplesConfig, from_rows, load
 from mlxlora.data.chat import ChatEncoder
 from mlxlora.data.formats import read_messages
 from mlxlora.data.spans import TurnFinder, Unusable
@@ -82,11 +82,30 @@ def test_masked_reasoning_of_real_templates(family: str) -> None:
     assert learned(tokenizer, rows, template=family) == begin + end
 
 
-def test_the_chosen_ending_can_be_learned(tokenizer: Tokenizer) -> None:
-    pair = {"prompt": "which?", "chosen": "this", "rejected": "that"}
-    with pytest.raises(UnsupportedError, match=r"--samples\.preference chosen"):
-        from_rows([pair], tokenizer)
-    assert learned(tokenizer, [pair], preference="chosen") == "this<|im_end|>"
+OTHERS = {
+    "preference": ({"prompt": "which?", "chosen": "this", "rejected": "that"}, "a chosen and a rejected ending"),
+    "kto": ({"prompt": "which?", "completion": "this", "label": True}, r"a label \(KTO\)"),
+    "answer": ({"prompt": "which?", "answer": "this"}, "an answer"),
+    "answer to messages": ({"prompt": [{"role": "user", "content": "which?"}], "answer": "this"}, "an answer"),
+}
+
+
+@pytest.mark.parametrize("kind", list(OTHERS))
+def test_rows_for_other_objectives(tokenizer: Tokenizer, kind: str) -> None:
+    row, what = OTHERS[kind]
+    with pytest.raises(UnsupportedError, match=rf"row:2: rows with {what} .* --samples\.preference chosen"):
+        from_rows([TALK, row], tokenizer)
+    assert learned(tokenizer, [row], preference="chosen") == "this<|im_end|>"
+
+
+def test_bad_endings_are_counted_and_left_out(tokenizer: Tokenizer, tmp_path) -> None:
+    rows = [{"prompt": f"q{i}", "completion": f"a{i}", "label": i % 3 == 0} for i in range(9)]
+    config = SamplesConfig(preference="chosen", validation_split=0)
+    splits = load(rows, tokenizer, config)
+    assert [tokenizer.decode(s.tokens[s.weights > 0]) for s in splits.train] == [f"a{i}<|im_end|>" for i in (0, 3, 6)]
+    assert splits.counts["train"].rejected == 6 and splits.train.unmasked == 0
+    with pytest.raises(DataError, match="every row is labelled as bad"):
+        load(rows[1:3], tokenizer, config)
 
 
 # -- odd templates ----------------------------------------------------------------------------------------------------

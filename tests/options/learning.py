@@ -18,7 +18,7 @@ ROWS: list[Row] = [
     row("data check", "samples.packing", "true", "steps"),
     row("data check", "samples.template", "@template", "template+tokens+text"),
     row("data check", "samples.prompts", "plain", "text+tokens", data="@completions"),
-    row("data check", "samples.preference", "chosen", "refused", data="@preferences"),
+    row("data check", "samples.preference", "chosen", "objective", data="@preferences"),
     row("data check", "samples.date", "2031-01-01", "learned+picked+text+tokens", model="@dated"),
     row("data check", "samples.format", "text", "format+learned+text+tokens", data="@ambiguous"),
     row("data check", "samples.columns", '{"completion":"reply"}', "learned+text+tokens", data="@renamed"),

@@ -142,6 +142,7 @@ def check(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPa
         "text": [tuple(piece.text for piece in one.pieces) for one in found.shown][:1],
         "page": found.html is not None and found.html.is_file(),
         "cached": bool(samples.cache and listed(samples.cache)),
+        "objective": any(finding.kind == "objective" for finding in found.findings),
     }  # fmt: skip
 
 
