@@ -1,10 +1,4 @@
-"""The doors: `export` and `import_`, thin dispatch over one table of formats.
-
-A format is one or two modules of this package, named in `FORMATS`: one that reads, and one that writes and reads back.
-
-    write(job: ExportJob) -> list[str]                 fill job.out, which export() publishes by rename; returns notes
-    read(job: ImportJob) -> list[str]                  fill job.out from job.source; returns notes
-    read_back(job: ExportJob, probe: Probe) -> ReadBack  run the format's real reader on job.out; raises NotReadBack
+"""The doors: `export` and `import_`, thin dispatch over the table in `formats`.
 
 Options of a format are one dataclass beside its code, and one parameter of `export` or `import_` below. An option group
 that the chosen format does not have is refused, not ignored.
@@ -13,163 +7,25 @@ that the chosen format does not have is refused, not ignored.
 from __future__ import annotations
 
 import contextlib
-import importlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-from mlxlora.errors import ConfigError, MlxLoraError, Problem, UnsupportedError, nearest
+from mlxlora.errors import ConfigError, MlxLoraError, Problem
 from mlxlora.files import human_bytes, new_directory, refuse_existing, sync
 from mlxlora.progress import Progress
+from mlxlora_convert.formats import FORMATS, Format, find, module, recognise
 from mlxlora_convert.gguf_options import GGUFImportOptions, GGUFOptions
 from mlxlora_convert.hf_options import HuggingFaceOptions
+from mlxlora_convert.jobs import ExportJob, ImportJob
 from mlxlora_convert.lmstudio_options import LMStudioOptions
 from mlxlora_convert.mlx_options import MlxOptions
 from mlxlora_convert.mlxlm_options import MlxLmOptions
 from mlxlora_convert.ollama_options import OllamaOptions
 from mlxlora_convert.peft_export import PeftOptions
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
-
-Options = TypeVar("Options")
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """One foreign format.
-
-    title:     what a person calls it
-    writer:    the module that writes it and runs its real reader, or None when it can only be read
-    reader:    the module that reads it, or None when it can only be written
-    options:   names of the option groups (parameters of `export`) that writing it takes
-    read_options: those (parameters of `import_`) that reading it takes
-    marks:     file names (glob) by which a directory or file of this format is recognised
-    suffix:    the format is one file with this ending; empty: a directory
-    adapter:   the format holds an adapter alone, so one is required
-    """
-
-    title: str
-    writer: str | None = None
-    reader: str | None = None
-    options: tuple[str, ...] = ()
-    read_options: tuple[str, ...] = ()
-    marks: tuple[str, ...] = ()
-    suffix: str = ""
-    adapter: bool = False
-
-
-# One entry a format.
-FORMATS: dict[str, Format] = {
-    "hf": Format(
-        "Hugging Face model",
-        writer="huggingface",
-        options=("hf",),
-    ),
-    "mlx": Format(
-        "MLX model",
-        writer="mlx_model",
-        options=("mlx",),
-    ),
-    "peft": Format(
-        "Hugging Face PEFT adapter",
-        writer="peft_adapter",
-        reader="peft_adapter",
-        options=("peft",),
-        marks=("adapter_model.safetensors", "adapter_model.bin"),
-        adapter=True,
-    ),
-    "mlx-lm": Format(
-        "mlx-lm adapter",
-        writer="mlxlm_adapter",
-        reader="mlxlm_adapter",
-        read_options=("mlx_lm",),
-        marks=("adapters.safetensors", "adapters.npz"),
-        adapter=True,
-    ),
-    "gguf": Format(
-        "GGUF model",
-        writer="gguf_file",
-        reader="gguf_import",
-        options=("gguf",),
-        read_options=("gguf",),
-        marks=("*.gguf",),
-        suffix=".gguf",
-    ),
-    "gguf-lora": Format(
-        "GGUF LoRA adapter",
-        writer="gguf_lora",
-        suffix=".gguf",
-        adapter=True,
-    ),
-    "ollama": Format(
-        "Ollama directory (GGUF and Modelfile)",
-        writer="ollama",
-        options=("ollama",),
-    ),
-    "lmstudio": Format(
-        "LM Studio model",
-        writer="lmstudio",
-        options=("lmstudio",),
-    ),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """What the functions of a format are handed.
-
-    out:     where to write: a scratch directory or file of the final name, published by rename afterwards
-    options: the option groups that were given; ask for one with `option(Type)`
-    """
-
-    out: Path
-    model: str | None
-    options: tuple[Any, ...] = ()
-    revision: str | None = None
-    trust_remote_code: bool = False
-    on_progress: Progress | None = None
-
-    def option(self, kind: type[Options]) -> Options:
-        """The option group of this type as given, or its defaults."""
-        return next((given for given in self.options if isinstance(given, kind)), kind())
-
-    def progress(self, what: str, done: int, total: int) -> None:
-        """Report progress to whoever listens."""
-        if self.on_progress is not None:
-            self.on_progress(what, done, total)
-
-
-@dataclass(frozen=True, slots=True)
-class ExportJob(Job):
-    """Write `model` (a directory or hub id), with `adapter` (`PATH` or `PATH=SCALE`, any number), to `out`.
-
-    any_base: take adapters that were made for another model, as long as all shapes fit
-    target:   where `out` will be published
-    """
-
-    adapter: tuple[str, ...] = ()
-    any_base: bool = False
-    target: Path = field(default_factory=Path)
-
-    @property
-    def base(self) -> str:
-        """The model; an export always has one."""
-        assert self.model is not None
-        return self.model
-
-
-@dataclass(frozen=True, slots=True)
-class ImportJob(Job):
-    """Read `source` into `out`; `model` is the base that an adapter belongs to."""
-
-    source: Path = field(default_factory=Path)
-
-    def needs_model(self, title: str) -> str:
-        """The base model. Raises ConfigError when none was given, for formats that cannot be read without."""
-        if self.model is None:
-            raise ConfigError(f"Reading a {title} needs the base model it belongs to: give it with --model.")
-        return self.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +108,7 @@ def export(
 
     Raises ConfigError for options that the format does not have, UnsupportedError for what the format cannot say.
     """
-    chosen = _format(to, "writer")
+    chosen = find(to, "writer")
     options = _options(
         f"--to {to}", chosen.options, peft=peft, mlx=mlx, gguf=gguf, hf=hf, ollama=ollama, lmstudio=lmstudio
     )
@@ -303,47 +159,13 @@ def import_(
     """
     source, out = Path(source), Path(out)
     name = format if format is not None else recognise(source)
-    chosen = _format(name, "reader")
+    chosen = find(name, "reader")
     options = _options(f"--format {name}", chosen.read_options, mlx_lm=mlx_lm, gguf=gguf)
     with new_directory(out) as scratch:
         job = ImportJob(scratch, model, options, revision, trust_remote_code, on_progress, source)
         notes = module(chosen.reader).read(job)
     trial = f"mlxlora chat --model {model} --adapter {out}" if chosen.adapter else f"mlxlora chat --model {out}"
     return ImportResult(name, source, out, tuple(notes), trial)
-
-
-def recognise(source: Path) -> str:
-    """The name of the format of a file or directory, from the names of its files.
-
-    Raises ConfigError when no format or more than one fits.
-    """
-    if not source.exists():
-        raise ConfigError(f"{source} does not exist.")
-    names = [source] if source.is_file() else sorted(source.iterdir())
-    found = [
-        name
-        for name, known in FORMATS.items()
-        if known.reader and any(path.match(mark) for path in names for mark in known.marks)
-    ]
-    if len(found) == 1:
-        return found[0]
-    looked = "\n".join(
-        f"  {name}: {', '.join(known.marks)}" for name, known in FORMATS.items() if known.reader and known.marks
-    )
-    what = f"could be {' or '.join(found)}" if found else "is in no format that can be read"
-    if any(path.name == "config.json" for path in names):
-        raise ConfigError(f"{source} looks like a model of Hugging Face or MLX. Use mlxlora convert for it.")
-    raise ConfigError(f"{source} {what}. Say which with --format. A format is recognised by:\n{looked}")
-
-
-def _format(name: str, direction: Literal["writer", "reader"]) -> Format:
-    possible = [known for known, entry in FORMATS.items() if getattr(entry, direction)]
-    if name not in FORMATS:
-        raise ConfigError(f"'{name}' is no known format.{nearest(name, possible)} Known: {', '.join(possible)}.")
-    if name not in possible:
-        verb = {"writer": "written", "reader": "read"}[direction]
-        raise UnsupportedError(f"{FORMATS[name].title} cannot be {verb}. Possible: {', '.join(possible)}.")
-    return FORMATS[name]
 
 
 def _options(chosen: str, allowed: tuple[str, ...], **given: Any) -> tuple[Any, ...]:
@@ -357,12 +179,6 @@ def _options(chosen: str, allowed: tuple[str, ...], **given: Any) -> tuple[Any, 
             [Problem(f"--{group}.*", f"{chosen} does not have them", f"It has {has}") for group in foreign],
         )
     return tuple(set_.values())
-
-
-def module(name: str | None) -> Any:
-    """A module of this package, imported when it is needed."""
-    assert name is not None  # `_format` has looked
-    return importlib.import_module(f"mlxlora_convert.{name}")
 
 
 def _read_back(chosen: Format, job: ExportJob, notes: list[str]) -> ReadBack | None:

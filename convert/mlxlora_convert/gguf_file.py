@@ -19,7 +19,6 @@ from mlxlora.model import load_network, write_directory
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 from mlxlora_convert import gguf_rope
-from mlxlora_convert.export import ExportJob
 from mlxlora_convert.gguf_architectures import Family
 from mlxlora_convert.gguf_check import compare
 from mlxlora_convert.gguf_metadata import Values, check_family, hyperparameters
@@ -28,6 +27,7 @@ from mlxlora_convert.gguf_tensors import Planned, plan
 from mlxlora_convert.gguf_vocabulary import vocabulary
 from mlxlora_convert.gguf_write import Written, write_file
 from mlxlora_convert.huggingface import folded
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.probe import Probe, ReadBack
 from mlxlora_convert.weight_rows import Numbers, model_weights
 

@@ -20,7 +20,6 @@ from mlxlora.model import load_network
 from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
-from mlxlora_convert.export import ImportJob
 from mlxlora_convert.gguf_architectures import Family
 from mlxlora_convert.gguf_header import GGUFHeader, read_header
 from mlxlora_convert.gguf_metadata import configuration, read_family
@@ -29,6 +28,7 @@ from mlxlora_convert.gguf_read import GGUFWeight
 from mlxlora_convert.gguf_rope import FACTORS, LONG, SHORT
 from mlxlora_convert.gguf_tensors import CHUNK, changed, each_module
 from mlxlora_convert.gguf_tokenizer import write_tokenizer
+from mlxlora_convert.jobs import ImportJob
 from mlxlora_convert.safetensors_write import Entry, write_shards
 from mlxlora_convert.weight_rows import Weight, pack
 

@@ -18,13 +18,13 @@ import numpy as np
 from mlxlora import weights
 from mlxlora.errors import AdapterError, Problem, UnsupportedError
 from mlxlora.files import free_space, human_bytes, new_file
-from mlxlora_convert.export import ExportJob
 from mlxlora_convert.gguf_architectures import Family, Tensors
 from mlxlora_convert.gguf_check import BOUNDS, GELU, READER, TABLE_BOUND, read
 from mlxlora_convert.gguf_file import export_gguf, language_config
 from mlxlora_convert.gguf_metadata import Values, check_family
 from mlxlora_convert.gguf_tensors import Planned, each_module, query_factor, rotary_order
 from mlxlora_convert.gguf_write import write_file
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.lowrank import LowRank
 from mlxlora_convert.ours import BaseModel, read_one
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack

@@ -18,7 +18,7 @@ from mlxlora import weights
 from mlxlora.files import check_safetensors, human_bytes
 from mlxlora.parameters import flat
 from mlxlora_convert import huggingface
-from mlxlora_convert.export import ExportJob
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.names import Names
 from mlxlora_convert.ours import BaseModel
 from mlxlora_convert.probe import NotReadBack

@@ -19,8 +19,8 @@ from mlxlora.errors import ModelError, Problem, UnsupportedError
 from mlxlora.parameters import flat
 from mlxlora.quantize import dequantize
 from mlxlora_convert.checkpoint_layout import rules, to_checkpoint
-from mlxlora_convert.export import ExportJob
 from mlxlora_convert.hf_options import HuggingFaceOptions
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
 
 # how far the exported model may be from adapter-on-base on the probe text, in nats a token: rounding to its dtype

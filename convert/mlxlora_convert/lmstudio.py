@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mlxlora.errors import ConfigError
 from mlxlora_convert import mlx_model
-from mlxlora_convert.export import ExportJob
 from mlxlora_convert.gguf_check import compare
 from mlxlora_convert.gguf_file import export_gguf, fused, notes_of
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.lmstudio_options import LMStudioOptions
 from mlxlora_convert.probe import Probe, ReadBack
 

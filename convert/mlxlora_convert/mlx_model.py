@@ -12,7 +12,7 @@ from mlxlora.convert import convert
 from mlxlora.errors import ConfigError
 from mlxlora.fuse import fuse
 from mlxlora.model import load_network
-from mlxlora_convert.export import ExportJob
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.mlx_options import MlxOptions
 from mlxlora_convert.probe import Probe, ReadBack, log_probs
 

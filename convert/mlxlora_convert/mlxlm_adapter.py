@@ -25,7 +25,7 @@ from mlxlora.adapters.files import Adapter, Module, write_adapter
 from mlxlora.adapters.select import block_paths
 from mlxlora.errors import AdapterError, FormatError, MlxLoraError, Problem, UnsupportedError
 from mlxlora.model import load_network
-from mlxlora_convert.export import ExportJob, ImportJob
+from mlxlora_convert.jobs import ExportJob, ImportJob
 from mlxlora_convert.lowrank import Place
 from mlxlora_convert.mlxlm_options import MlxLmOptions
 from mlxlora_convert.ours import BaseModel, from_lowrank, read_one, write_checked

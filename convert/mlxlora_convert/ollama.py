@@ -12,10 +12,10 @@ from typing import Any
 from mlxlora.errors import ConfigError, InputError
 from mlxlora.files import read_json
 from mlxlora.tokenizer import Tokenizer
-from mlxlora_convert.export import ExportJob
 from mlxlora_convert.gguf_check import compare
 from mlxlora_convert.gguf_file import export_gguf, fused, notes_of
 from mlxlora_convert.gguf_options import GGUFType
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.ollama_options import OllamaOptions
 from mlxlora_convert.ollama_template import FREE, Pattern, translate
 from mlxlora_convert.probe import Probe, ReadBack

@@ -19,7 +19,7 @@ from mlxlora import files
 from mlxlora.errors import AdapterError, FormatError, UnsupportedError
 from mlxlora_convert import base as bases
 from mlxlora_convert import hf_base
-from mlxlora_convert.export import ExportJob, ImportJob
+from mlxlora_convert.jobs import ExportJob, ImportJob
 from mlxlora_convert.names import Names
 from mlxlora_convert.ours import BaseModel, from_lowrank, read_one, write_checked
 from mlxlora_convert.peft_config import PeftConfig

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mlxlora_convert.export import FORMATS, export
+from mlxlora_convert.export import export
+from mlxlora_convert.formats import FORMATS
 
 ROOT = Path(__file__).parents[2]
 

@@ -11,6 +11,8 @@ import pytest
 
 from mlxlora.errors import ConfigError, MlxLoraError, UnsupportedError
 from mlxlora_convert import export as doors
+from mlxlora_convert import formats as table
+from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.probe import ReadBack, ReaderMissing
 
 
@@ -26,19 +28,19 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     """Formats made here: one writes a directory, one a file, one has no reader; the test sets what the reader sees."""
     shouting, filing, alone = (types.ModuleType(name) for name in ("shouting", "filing", "alone"))
 
-    def write(job: doors.ExportJob) -> list[str]:
+    def write(job: ExportJob) -> list[str]:
         job.out.mkdir(exist_ok=True)
         (job.out / "a.txt").write_text(job.option(Shout).text)
         return ["one note"]
 
-    def write_file(job: doors.ExportJob) -> list[str]:
+    def write_file(job: ExportJob) -> list[str]:
         job.out.write_text("x")
         return []
 
-    def read_back(job: doors.ExportJob, probe: object) -> ReadBack:
+    def read_back(job: ExportJob, probe: object) -> ReadBack:
         return ReadBack("the reader", 64, shouting.seen, 1e-3)
 
-    def missing(job: doors.ExportJob, probe: object) -> ReadBack:
+    def missing(job: ExportJob, probe: object) -> ReadBack:
         raise ReaderMissing("the reader", "pip install reader")
 
     vars(shouting).update(write=write, read_back=read_back, seen=1e-6)
@@ -47,13 +49,13 @@ def formats(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     for made in (shouting, filing, alone):
         monkeypatch.setitem(sys.modules, f"mlxlora_convert.{made.__name__}", made)
     entries = {
-        "shout": doors.Format("shout", writer="shouting", options=("shout",)),
-        "one": doors.Format("one file", writer="filing", suffix=".one", marks=("*.one",)),
-        "alone": doors.Format("adapter", writer="alone", adapter=True),
-        "readable": doors.Format("readable", reader="shouting", marks=("*.readable",)),
+        "shout": table.Format("shout", writer="shouting", options=("shout",)),
+        "one": table.Format("one file", writer="filing", suffix=".one", marks=("*.one",)),
+        "alone": table.Format("adapter", writer="alone", adapter=True),
+        "readable": table.Format("readable", reader="shouting", marks=("*.readable",)),
     }
     for name, entry in entries.items():
-        monkeypatch.setitem(doors.FORMATS, name, entry)
+        monkeypatch.setitem(table.FORMATS, name, entry)
     return shouting
 
 
@@ -103,18 +105,18 @@ def test_refusals(formats: types.ModuleType, tmp_path: Path) -> None:
 
 def test_formats_are_recognised_by_their_files(formats: types.ModuleType, tmp_path: Path) -> None:
     (tmp_path / "x.readable").touch()
-    assert doors.recognise(tmp_path) == doors.recognise(tmp_path / "x.readable") == "readable"
+    assert table.recognise(tmp_path) == table.recognise(tmp_path / "x.readable") == "readable"
     (tmp_path / "x.readable").rename(tmp_path / "x.foreign")
     with pytest.raises(ConfigError, match="in no format that can be read"):
-        doors.recognise(tmp_path)
+        table.recognise(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
-        doors.recognise(tmp_path / "nothing")
+        table.recognise(tmp_path / "nothing")
 
 
 def test_every_function_of_the_table_exists() -> None:
-    for name, entry in doors.FORMATS.items():
+    for name, entry in table.FORMATS.items():
         assert entry.writer or entry.reader, name
         if entry.writer:
-            assert callable(doors.module(entry.writer).write) and callable(doors.module(entry.writer).read_back), name
+            assert callable(table.module(entry.writer).write) and callable(table.module(entry.writer).read_back), name
         if entry.reader:
-            assert callable(doors.module(entry.reader).read), name
+            assert callable(table.module(entry.reader).read), name
