@@ -130,7 +130,8 @@ def _scaling(parameters: Config) -> Config | None:
 def _spell_per_layer_type(config: Config, parameters: Config) -> None:
     """The same for models whose kinds of layer rotate differently (Gemma 3 and its like)."""
     full, sliding = parameters.get("full_attention"), parameters.get("sliding_attention")
-    if full is not None:
+    if full is not None and full.get("rope_type") != "proportional":
+        # Gemma 4's kind: mlx-lm reads it in the new spelling alone, and transformers fails on it in the old one
         _spell_old(config, full)
     if sliding is not None and "rope_theta" in sliding:
         config.setdefault("rope_local_base_freq", sliding["rope_theta"])

@@ -189,6 +189,42 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "architectures": ["DeepseekV32ForCausalLM"], **_MLA, **_SIGMOID, "rope_interleave": True, "index_n_heads": 2,
         "index_head_dim": 16, "index_topk": 256,
     },
+    "glm_moe_dsa": {
+        "architectures": ["GlmMoeDsaForCausalLM"], **_MLA, **_SIGMOID, "rope_interleave": True, "index_n_heads": 2,
+        "index_head_dim": 16, "index_topk": 256,
+    },
+    "afmoe": {
+        "architectures": ["AfmoeForCausalLM"], "head_dim": 8, **_MOE, **_SLIDING, "num_dense_layers": 1,
+        "num_shared_experts": 1, "route_norm": True, "route_scale": 1.0, "score_func": "sigmoid", "n_group": 1,
+        "topk_group": 1, "mup_enabled": True, "global_attn_every_n_layers": 2, "num_expert_groups": 1,
+        "num_limited_groups": 1,
+    },
+    "gemma4_text": {
+        "architectures": ["Gemma4ForCausalLM"], **_GEMMA, **_SLIDING, "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCABULARY, "final_logit_softcapping": 30.0,
+        "enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32,
+        "use_double_wide_mlp": False, "attention_k_eq_v": True, "global_head_dim": 16, "num_global_key_value_heads": 1,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1000000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+    },
+    "qwen3_next": {
+        "architectures": ["Qwen3NextForCausalLM"], "head_dim": 8, **_MOE, "shared_expert_intermediate_size": 32,
+        "norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": [], "partial_rotary_factor": 0.5,
+        "layer_types": ["linear_attention", "full_attention"], "full_attention_interval": 2,
+        "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_conv_kernel_dim": 4,
+    },
+    "nemotron_h": {
+        "architectures": ["NemotronHForCausalLM"], **_GROUPS, "num_hidden_layers": 3,
+        "layers_block_type": ["mamba", "attention", "moe"], "mamba_num_heads": 8, "mamba_head_dim": 8,
+        "ssm_state_size": 8, "n_groups": 1, "conv_kernel": 4, "use_conv_bias": True, "mlp_bias": False,
+        "use_bias": False, "chunk_size": 8, "head_dim": 8, "layer_norm_epsilon": 1e-5, "mlp_hidden_act": "relu2",
+        "mamba_proj_bias": False, "time_step_limit": [0.0, 100.0], "n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32, "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 32,
+    },
     "lfm2": {
         "architectures": ["Lfm2ForCausalLM"], **_CONV, "block_dim": 32, "block_ff_dim": 64, "block_multiple_of": 8,
         "block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1],
@@ -221,4 +257,4 @@ GPT2 = {
     "tie_word_embeddings": True, "torch_dtype": "float32",
 }  # fmt: skip
 
-NO_THETA = ("gptj", "gpt_bigcode", "mamba", "mamba2")  # architectures whose config.json never says one
+NO_THETA = ("gptj", "gpt_bigcode", "mamba", "mamba2", "nemotron_h")  # architectures whose config.json never says one

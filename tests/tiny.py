@@ -195,6 +195,8 @@ def transformers_directory(path: Path, family: str = "llama", *, seed: int = 0, 
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name or "wte" in name else 1.0) / parameter.shape[-1] ** 0.5)
     model.float().save_pretrained(path)
+    if family == "gemma4_text":  # as its published files say it: this version of transformers writes per_layer_config
+        (path / "config.json").write_text(json.dumps(settings, indent=2))
     tokenizer(path)
     return path
 

@@ -11,147 +11,22 @@ experts in MLX's layout would pass that proof, and transformers would load them 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
-
-import mlx.core as mx
-
 from mlxlora.errors import UnsupportedError, nearest
-from mlxlora_convert.names import fit
-
-Tensors = dict[str, mx.array]
-Config = dict[str, Any]
-
-
-class Rule(Protocol):
-    """One thing that `sanitize()` does, undone."""
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        """Replace the MLX tensors that this rule fits by those of the checkpoint, in place and lazily."""
-
-
-def take(tensors: Tensors, pattern: str) -> Iterator[tuple[mx.array, dict[str, str]]]:
-    """Every tensor whose name fits `pattern`, out of `tensors`, with what the placeholders stand for."""
-    for name in list(tensors):
-        if (found := fit(pattern, name)) is not None:
-            yield tensors.pop(name), found
-
-
-@dataclass(frozen=True, slots=True)
-class Rename:
-    """The same tensor under another name."""
-
-    mlx: str
-    hf: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for tensor, found in take(tensors, self.mlx):
-            tensors[self.hf.format(**found)] = tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Transpose:
-    """A projection that the checkpoint stores [in, out]; the name stays."""
-
-    mlx: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for tensor, found in take(tensors, self.mlx):
-            tensors[self.mlx.format(**found)] = mx.contiguous(tensor.T)
-
-
-@dataclass(frozen=True, slots=True)
-class Convolution:
-    """A depthwise convolution [channels, width, 1] that the checkpoint stores [channels, 1, width]; the name stays."""
-
-    mlx: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if fit(self.mlx, name) is not None:
-                tensors[name] = mx.contiguous(tensors[name].swapaxes(1, 2))
-
-
-@dataclass(frozen=True, slots=True)
-class AsVector:
-    """A single number that the checkpoint stores as a vector of one; the name stays."""
-
-    mlx: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for name in list(tensors):
-            if fit(self.mlx, name) is not None:
-                tensors[name] = tensors[name].reshape(1)
-
-
-@dataclass(frozen=True, slots=True)
-class Unstack:
-    """Stacked experts [experts, …], one tensor each in the checkpoint; `{e}` is the expert's number."""
-
-    mlx: str
-    hf: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for stack, found in take(tensors, self.mlx):
-            for number in range(stack.shape[0]):
-                tensors[self.hf.format(**found, e=number)] = stack[number]
-
-
-@dataclass(frozen=True, slots=True)
-class JoinHeads:
-    """Multi-head latent attention: keys [heads, rank, nope] and values [heads, v, rank] are one matrix `kv_b_proj`."""
-
-    keys: str
-    values: str
-    hf: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for keys, found in take(tensors, self.keys):
-            values = tensors.pop(self.values.format(**found))
-            both = mx.concatenate([keys.swapaxes(-1, -2), values], axis=1)
-            tensors[self.hf.format(**found)] = both.reshape(-1, both.shape[-1])
-
-
-@dataclass(frozen=True, slots=True)
-class Interleave:
-    """Gate and up projections of stacked experts, row by row in turn, transposed where they are matrices."""
-
-    gate: str
-    up: str
-    hf: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for gate, found in take(tensors, self.gate):
-            up = tensors.pop(self.up.format(**found))
-            both = mx.stack([gate, up], axis=2).reshape(gate.shape[0], -1, *gate.shape[2:])
-            tensors[self.hf.format(**found)] = both.swapaxes(-1, -2) if both.ndim == 3 else both
-
-
-@dataclass(frozen=True, slots=True)
-class StackHalves:
-    """Gate and up projections of stacked experts, one after the other in one matrix for each expert."""
-
-    gate: str
-    up: str
-    hf: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for gate, found in take(tensors, self.gate):
-            up = tensors.pop(self.up.format(**found))
-            tensors[self.hf.format(**found)] = mx.concatenate([gate, up], axis=1)
-
-
-@dataclass(frozen=True, slots=True)
-class TransposedExperts:
-    """Stacked experts that the checkpoint stores [experts, in, out] under another name."""
-
-    mlx: str
-    hf: str
-
-    def apply(self, tensors: Tensors, config: Config) -> None:
-        for stack, found in take(tensors, self.mlx):
-            tensors[self.hf.format(**found)] = stack.swapaxes(-1, -2)
+from mlxlora_convert.checkpoint_rules import (
+    AsVector,
+    Config,
+    Convolution,
+    Interleave,
+    JoinHeads,
+    LessOne,
+    Rename,
+    Rule,
+    StackHalves,
+    Tensors,
+    Transpose,
+    TransposedExperts,
+    Unstack,
+)
 
 
 def _experts(
@@ -173,6 +48,12 @@ _OSS = "model.layers.{i}.mlp.experts"
 _LFM2 = "model.layers.{i}.feed_forward"
 _LFM2_NAMES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
 _XIELU = "model.layers.{i}.mlp.act_fn"
+_GEMMA4 = "model.layers.{i}.experts"
+_QWEN = "model.layers.{i}.mlp"
+_QWEN_NEXT = (
+    "model.norm", "model.layers.{i}.input_layernorm", "model.layers.{i}.post_attention_layernorm",
+    f"{_ATTENTION}.q_norm", f"{_ATTENTION}.k_norm",
+)  # fmt: skip
 _GPT2: tuple[Rule, ...] = (
     *(Transpose(f"model.h.{{i}}.{name}.weight") for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")),
     Rename("model.{rest}", "{rest}"),
@@ -198,8 +79,8 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
         *_experts("mlp"),
         Rename("model.layers.{i}.mlp.gate.e_score_correction_bias", "model.layers.{i}.mlp.e_score_correction_bias"),
     ),
-    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe_lite"), (*_experts("mlp"), *_MLA)),
-    "dots1": _experts("mlp", stack="experts"),
+    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), (*_experts("mlp"), *_MLA)),
+    **dict.fromkeys(("afmoe", "dots1"), _experts("mlp", stack="experts")),
     "granitemoe": (
         StackHalves(
             f"{_GRANITE}.switch_mlp.gate_proj.weight",
@@ -207,6 +88,45 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
             f"{_GRANITE}.input_linear.weight",
         ),
         Rename(f"{_GRANITE}.switch_mlp.down_proj.weight", f"{_GRANITE}.output_linear.weight"),
+    ),
+    "gemma4_text": (
+        StackHalves(
+            f"{_GEMMA4}.switch_glu.gate_proj.weight",
+            f"{_GEMMA4}.switch_glu.up_proj.weight",
+            f"{_GEMMA4}.gate_up_proj",
+        ),
+        Rename(f"{_GEMMA4}.switch_glu.down_proj.weight", f"{_GEMMA4}.down_proj"),
+    ),
+    "qwen3_next": (
+        *_experts("mlp"),
+        Convolution("model.layers.{i}.linear_attn.conv1d.weight"),
+        *(LessOne(f"{name}.weight") for name in _QWEN_NEXT),
+    ),
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_moe"),
+        (
+            Rename("language_model.lm_head.{rest}", "lm_head.{rest}"),
+            Rename("language_model.{rest}", "{rest}"),
+            StackHalves(
+                f"{_QWEN}.switch_mlp.gate_proj.weight",
+                f"{_QWEN}.switch_mlp.up_proj.weight",
+                f"{_QWEN}.experts.gate_up_proj",
+            ),
+            Rename(f"{_QWEN}.switch_mlp.down_proj.weight", f"{_QWEN}.experts.down_proj"),
+            Convolution("model.layers.{i}.linear_attn.conv1d.weight"),
+            *(LessOne(f"{name}.weight") for name in _QWEN_NEXT),
+            Rename("model.{rest}", "model.language_model.{rest}"),
+        ),
+    ),
+    "nemotron_h": (
+        Convolution("backbone.layers.{i}.mixer.conv1d.weight"),
+        *(
+            Unstack(
+                f"backbone.layers.{{i}}.mixer.switch_mlp.{mlx}.weight",
+                f"backbone.layers.{{i}}.mixer.experts.{{e}}.{hf}.weight",
+            )
+            for mlx, hf in (("fc1", "up_proj"), ("fc2", "down_proj"))
+        ),
     ),
     "apertus": (AsVector(f"{_XIELU}.alpha_p"), AsVector(f"{_XIELU}.alpha_n")),
     "lfm2": (Convolution("model.layers.{i}.conv.conv.weight"),),
@@ -236,6 +156,30 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
         Rename(f"{_OSS}.down_proj.bias", f"{_OSS}.down_proj_bias"),
     ),
 }
+
+
+# Multimodal models of which mlx-lm keeps the language model alone, below `language_model`: the type of its text_config
+# where that does not say one. They leave as the text models that they are here.
+TEXT_PARTS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral"}
+_CLASSES = {
+    "gemma3_text": "Gemma3ForCausalLM", "gemma4_text": "Gemma4ForCausalLM", "mistral": "MistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
+}  # fmt: skip
+# Those that transformers loads as a text model whatever else their config.json describes.
+VISION_LEFT_OUT = ("qwen3_5", "qwen3_5_moe")
+# what a multimodal config.json says beside its text_config, and a text model's needs
+_CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
+
+
+def text_part(config: Config) -> Config | None:
+    """config.json of the text model inside of a multimodal one, or None for a model that is a text model anyway."""
+    kind = str(config.get("model_type"))
+    inner = config.get("text_config")
+    if kind not in TEXT_PARTS or not isinstance(inner, dict):
+        return None
+    name = str(inner.get("model_type") or TEXT_PARTS[kind])
+    carried = {key: config[key] for key in _CARRIED if config.get(key) is not None and inner.get(key) is None}
+    return {**inner, **carried, "model_type": name, "architectures": [_CLASSES.get(name, name)]}
 
 
 def rules(config: Config) -> tuple[Rule, ...]:

@@ -18,7 +18,7 @@ from mlxlora.adapters.layer import Wrapper
 from mlxlora.errors import ModelError, Problem, UnsupportedError
 from mlxlora.parameters import flat
 from mlxlora.quantize import dequantize
-from mlxlora_convert.checkpoint_layout import rules, to_checkpoint
+from mlxlora_convert.checkpoint_layout import VISION_LEFT_OUT, rules, text_part, to_checkpoint
 from mlxlora_convert.hf_options import HuggingFaceOptions
 from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
@@ -39,7 +39,8 @@ def write(job: ExportJob) -> list[str]:
     stored = architecture.read_config(path)
     if stored.get("model_file") is not None:
         raise UnsupportedError(f"{path} has a network of its own code ({stored['model_file']}): transformers has none.")
-    rules(stored)
+    inner = text_part(stored)
+    rules(inner or stored)
     dtype = job.option(HuggingFaceOptions).dtype
     _prove(job, path, stored, dtype)
     network, config = folded(job, path, dtype)
@@ -47,14 +48,23 @@ def write(job: ExportJob) -> list[str]:
     parameters = mlxlm.total_parameters(network)
     del network
     weights.write(job.out, tensors, parameters=parameters, metadata={"format": "pt"}, on_progress=job.on_progress)
-    _write_config(path, stored, config, job.out)
+    _write_config(path, stored, config, job.out, new=inner is not None)
     models.copy_files(path, job.out, (*models.TOKENIZER_FILES, *models.CARRIED))
     notes = [] if "quantization" not in stored else ["Quantization was undone: the weights are its rounded values."]
+    if inner is not None:
+        notes.append(
+            f"mlx-lm keeps the language model of a {stored['model_type']} alone: written as a {inner['model_type']}."
+        )
+    elif stored["model_type"] in VISION_LEFT_OUT and "text_config" in stored:
+        notes.append("mlx-lm keeps the language model alone: load this with AutoModelForCausalLM, it has no vision.")
     return [*notes, *_check(job, path)]
 
 
 def folded(job: ExportJob, path: Path, dtype: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
-    """The job's model with its adapters folded in and without quantization (lazy), and its configuration."""
+    """The job's model with its adapters folded in and without quantization (lazy), and its configuration.
+
+    Of a multimodal model this is the text model inside it.
+    """
     network, config = models.load_network(path, trust_remote_code=job.trust_remote_code)
     target = None if dtype is None else getattr(mx, dtype)
     _adapted(job, path, network)
@@ -67,7 +77,11 @@ def folded(job: ExportJob, path: Path, dtype: str | None = None) -> tuple[nn.Mod
     if target is not None:
         network.set_dtype(target)
         config = {**config, "dtype": dtype, "torch_dtype": dtype}
-    return network, config
+    inner = text_part(config)
+    if inner is None:
+        return network, config
+    text: nn.Module = network["language_model"]
+    return text, {**inner, "vocab_size": int(text.model.embed_tokens.weight.shape[0])}
 
 
 def _adapted(job: ExportJob, path: Path, network: nn.Module) -> None:
@@ -101,8 +115,11 @@ def _prove(job: ExportJob, path: Path, stored: dict[str, Any], dtype: str | None
         )
 
 
-def _write_config(path: Path, stored: dict[str, Any], config: dict[str, Any], out: Path) -> None:
-    """config.json byte for byte where nothing of it changes."""
+def _write_config(path: Path, stored: dict[str, Any], config: dict[str, Any], out: Path, *, new: bool) -> None:
+    """config.json byte for byte where nothing of it changes; a `new` one for a model of another type."""
+    if new:
+        (out / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        return
     changed: dict[str, Any] = {
         key: config.get(key)
         for key in ("dtype", "torch_dtype", "quantization", "quantization_config")

@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 from mlxlora import model, weights
 from mlxlora.adapters import Adapters
 from mlxlora.errors import ConfigError, InputError, UnsupportedError
-from mlxlora_convert import checkpoint_layout
+from mlxlora_convert import checkpoint_layout, checkpoint_rules
 from mlxlora_convert.export import export
 from mlxlora_convert.hf_options import HuggingFaceOptions
 from tests import tiny
@@ -107,20 +107,27 @@ def test_unknown_layouts_and_existing_targets_are_refused(tmp_path: Path) -> Non
 def test_a_wrong_rule_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny.model_directory(tmp_path / "source", "deepseek_v3")
     base = "model.layers.{i}.self_attn"
-    swapped = checkpoint_layout.JoinHeads(
+    swapped = checkpoint_rules.JoinHeads(
         f"{base}.unembed_out.weight", f"{base}.embed_q.weight", f"{base}.kv_b_proj.weight"
     )
     monkeypatch.setitem(checkpoint_layout.FAMILIES, "deepseek_v3", (swapped,))
     with pytest.raises((UnsupportedError, ValueError)):
         export(str(source), "hf", tmp_path / "out", check=False)
-    lost = checkpoint_layout.Rename("model.norm.weight", "model.norms.weight")
+    lost = checkpoint_rules.Rename("model.norm.weight", "model.norms.weight")
     monkeypatch.setitem(checkpoint_layout.FAMILIES, "deepseek_v3", (lost,))
     with pytest.raises(UnsupportedError, match=r"model\.norm\.weight: is lost"):
         export(str(source), "hf", tmp_path / "out", check=False)
     assert not (tmp_path / "out").exists()
 
 
-def test_every_tensor_goes_somewhere(tmp_path: Path) -> None:
+def test_every_architecture_of_the_table_is_tried() -> None:
+    apart = {"qwen3_5", "qwen3_5_moe"}  # multimodal; tests/parity has a test of their own
+    assert set(checkpoint_layout.FAMILIES) == set(KNOWN) | apart
+    table = (Path(__file__).parents[2] / "convert" / "README.md").read_text()
+    assert f"({len(checkpoint_layout.FAMILIES)} architectures)" in table
+
+
+def test_every_tensor_goes_somewhere() -> None:
     for family in KNOWN:
         network = tiny.network(family)
         tensors = dict(tree_flatten(network.parameters()))
