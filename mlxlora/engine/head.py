@@ -11,7 +11,7 @@ import mlx.nn as nn
 
 from mlxlora.adapters import weights
 from mlxlora.data.sample import Batch
-from mlxlora.engine.anatomy import Anatomy
+from mlxlora.engine.anatomy import Anatomy, relative_error, tolerance
 from mlxlora.engine.device import on_cpu
 from mlxlora.engine.dropout import set_keys
 from mlxlora.engine.hold import Hold
@@ -30,14 +30,17 @@ class HiddenScores:
         vocabulary: int,
         chunk: int,
         gradients: bool,
+        linear: bool,
     ) -> None:
         self._hidden, self._head, self._learned = hidden, head, learned
-        self._vocabulary, self._chunk, self._gradients = vocabulary, chunk, gradients
+        self._vocabulary, self._chunk, self._gradients, self._linear = vocabulary, chunk, gradients, linear
 
     def token_log_probs(self, batch: Batch) -> mx.array:
         """Log-probability of each target: float32 [P], differentiable."""
-        chunk = chunk_length(batch.targets.size, self._vocabulary, self._chunk)
-        return token_log_probs(self._hidden, batch.targets, self._head, self._learned, chunk, self._gradients)
+        chunk = chunk_length(batch.targets.size, self._vocabulary, self._chunk, self._linear)
+        return token_log_probs(
+            self._hidden, batch.targets, self._head, self._learned, chunk, self._gradients, self._linear
+        )
 
 
 class HeadView:
@@ -50,6 +53,7 @@ class HeadView:
         inside = {id(module) for block in anatomy.blocks for _, module in block.named_modules()}
         outside = [module for _, module in anatomy.network.named_modules() if id(module) not in inside]
         self._slow = [module for module in outside if _is_slow(module)]
+        self._linear = not self._indices and self._is_linear()
 
     def _used(self) -> list[int]:
         """Which learned arrays the head reads: put "not a number" into one and see whether it comes out."""
@@ -65,10 +69,17 @@ class HeadView:
                 used.append(index)
         return used
 
+    def _is_linear(self) -> bool:
+        """Whether the logits are a product and no more: a soft-cap would show at a great length."""
+        if self._anatomy.backbone is None:
+            return False
+        x = mx.random.normal((1, 3, self._anatomy.width), key=mx.random.key(0)).astype(self._anatomy.dtype)
+        return relative_error(self._anatomy.logits(x * 1024), self._anatomy.logits(x) * 1024) <= tolerance(x.dtype)
+
     def scores(self, rows: mx.array, gradients: bool, key: mx.array | None) -> HiddenScores:
         """Scores for the hidden states `rows` [P, hidden], with the arrays that stand in the slots now."""
         if self._anatomy.backbone is None:  # `rows` are logits
-            return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self._chunk, gradients)
+            return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self._chunk, gradients, False)
         arrays = self._slots.get()
         unpacked = [_dense(module) for module in self._slow]
 
@@ -81,7 +92,7 @@ class HeadView:
                     return self._anatomy.logits(rows[None])[0]
 
         learned = [arrays[index] for index in self._indices]
-        return HiddenScores(rows, head, learned, self._vocabulary, self._chunk, gradients)
+        return HiddenScores(rows, head, learned, self._vocabulary, self._chunk, gradients, self._linear)
 
 
 def _is_slow(module: nn.Module) -> bool:

@@ -34,14 +34,23 @@ def _slope(powers: mx.array, targets: mx.array, token: mx.array, share: mx.array
     return mx.where(token == targets, slope, 0) - powers * share
 
 
+def _parts(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+    """logits[targets] [C, 1]; exp(logits) below their maximum [C, V], and its sums [C]; log softmax(logits)[targets]
+    [C]."""
+    picked = mx.take_along_axis(logits, targets[:, None], axis=-1).astype(mx.float32)
+    top = logits.max(axis=-1, keepdims=True).astype(mx.float32)
+    settle(picked, top)
+    powers = _powers(logits, top)
+    settle(powers)
+    total = powers.sum(axis=-1)
+    return picked, powers, total, (picked - top)[:, 0] - mx.log(total)
+
+
 @mx.custom_function
 def _chosen(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """log softmax(logits)[targets] [C]; and exp(logits) below their maximum [C, V], and its sums [C], all float32."""
-    picked = mx.take_along_axis(logits, targets[:, None], axis=-1).astype(mx.float32)
-    top = logits.max(axis=-1, keepdims=True).astype(mx.float32)
-    powers = _powers(logits, top)
-    total = powers.sum(axis=-1)
-    return (picked - top)[:, 0] - mx.log(total), powers, total
+    _, powers, total, values = _parts(logits, targets)
+    return values, powers, total
 
 
 @_chosen.vjp
@@ -54,25 +63,31 @@ def _chosen_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, 
     return by_logits.astype(logits.dtype), mx.zeros_like(targets)
 
 
-def chunk_length(positions: int, vocabulary: int, wanted: int = 0) -> int:
+def chunk_length(positions: int, vocabulary: int, wanted: int = 0, linear: bool = False) -> int:
     """Positions whose logits exist at a time.
 
     Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions, many enough for a full
-    product.
+    product. A `linear` head needs two such arrays, another one four or five.
     """
     if wanted:
         return min(wanted, positions)
     room = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
-    return max(1, min(positions, room, max(24, -(-positions // 9))))
+    return max(1, min(positions, room, max(24, -(-positions // (5 if linear else 9)))))
 
 
 def token_log_probs(
-    hidden: mx.array, targets: mx.array, head: Head, learned: Sequence[mx.array], chunk: int, gradients: bool = True
+    hidden: mx.array,
+    targets: mx.array,
+    head: Head,
+    learned: Sequence[mx.array],
+    chunk: int,
+    gradients: bool = True,
+    linear: bool = False,
 ) -> mx.array:
     """Differentiable log-probabilities of `targets` [P] from `hidden` [P, D]: float32 [P].
 
     `learned` are the arrays of the head that may have a gradient; empty for a frozen head. `gradients=False` computes
-    the values alone.
+    the values alone. The gradient of a `linear` head does not depend on its logits, which are then given up sooner.
     """
     bounds = [(start, min(start + chunk, targets.size)) for start in range(0, targets.size, chunk)]
 
@@ -90,6 +105,9 @@ def token_log_probs(
     @mx.custom_function
     def scored(hidden: mx.array) -> tuple[mx.array, mx.array]:
         def one(index: int, rows: mx.array) -> list[mx.array]:
+            if linear:
+                return _at_once(rows, targets[slice(*bounds[index])], lambda rows: head(rows, (), index))
+
             def total(rows: mx.array) -> tuple[mx.array, mx.array]:
                 values = log_probs(index, rows, ())
                 return values.sum(), values
@@ -109,6 +127,17 @@ def token_log_probs(
     both: Any = scored(hidden)
     values: mx.array = both[0]
     return values
+
+
+def _at_once(rows: mx.array, targets: mx.array, head: Callable[[mx.array], mx.array]) -> list[mx.array]:
+    """Log-probabilities [C] and their gradients by `rows` [C, D], of a linear head: each array [C, V] in the place of
+    the one before."""
+    picked, powers, total, values = _parts(head(rows), targets)
+    settle(total, values)
+    tokens = mx.arange(powers.shape[-1])[None]
+    by_logits = _slope(powers, targets[:, None], tokens, 1 / total[:, None], mx.ones_like(picked))
+    settle(by_logits)
+    return [values, mx.vjp(head, [rows], [by_logits.astype(rows.dtype)])[1][0]]
 
 
 def _in_turn(

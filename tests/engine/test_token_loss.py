@@ -11,13 +11,19 @@ from mlxlora.engine.token_loss import chunk_length, token_log_probs
 V, D, P = 100, 16, 37
 
 
-def head(rows: mx.array, weight: mx.array) -> mx.array:
+def product(rows: mx.array, weight: mx.array) -> mx.array:
+    return rows @ weight.T / 3
+
+
+def capped(rows: mx.array, weight: mx.array) -> mx.array:
     return mx.tanh(rows @ weight.T / 3) * 3  # a soft-cap, as gemma has it
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 37])
-@pytest.mark.parametrize("learns", [False, True])
-def test_against_full_logits(chunk: int, learns: bool) -> None:
+@pytest.mark.parametrize("kind", ["capped", "learns", "linear"])
+def test_against_full_logits(chunk: int, kind: str) -> None:
+    learns, linear = kind == "learns", kind == "linear"
+    head = product if linear else capped
     keys = mx.random.split(mx.random.key(0), 4)
     weight, hidden = mx.random.normal((V, D), key=keys[0]), mx.random.normal((P, D), key=keys[1])
     targets, slope = mx.random.randint(0, V, (P,), key=keys[2]), mx.random.normal((P,), key=keys[3])
@@ -29,7 +35,7 @@ def test_against_full_logits(chunk: int, learns: bool) -> None:
 
     def ours(hidden: mx.array, weight: mx.array) -> mx.array:
         view = (lambda rows, learned, _: head(rows, learned[0])) if learns else (lambda rows, *_: head(rows, weight))
-        found = token_log_probs(hidden, targets, view, [weight] if learns else [], chunk)
+        found = token_log_probs(hidden, targets, view, [weight] if learns else [], chunk, linear=linear)
         return (found * slope).sum()
 
     wanted = (0, 1) if learns else (0,)
@@ -40,8 +46,9 @@ def test_against_full_logits(chunk: int, learns: bool) -> None:
         assert mx.abs(a - b).max().item() < 1e-5
 
 
-@pytest.mark.parametrize("vocabulary", [20_000, 262_144])
-def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int) -> None:
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("vocabulary", [20_000, 151_936, 262_144])
+def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int, linear: bool) -> None:
     positions = 256 if vocabulary < 100_000 else 224
     weight, hidden = mx.random.normal((vocabulary, 8)), mx.random.normal((positions, 8))
     targets = mx.random.randint(0, vocabulary, (positions,))
@@ -49,10 +56,12 @@ def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int) -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    chunk = chunk_length(positions, vocabulary)
+    chunk = chunk_length(positions, vocabulary, linear=linear)
     with settling_afterwards():
         found = mx.value_and_grad(
-            lambda hidden: token_log_probs(hidden, targets, lambda rows, *_: rows @ weight.T, [], chunk).sum()
+            lambda hidden: token_log_probs(
+                hidden, targets, lambda rows, *_: rows @ weight.T, [], chunk, linear=linear
+            ).sum()
         )(hidden)
     mx.eval(found)
     assert (mx.get_peak_memory() - before) / (positions * vocabulary) <= 2.0
