@@ -305,9 +305,9 @@ class _SlabGradients:
             inner = inner * (1 - capped * capped)
         inner, chances = inner.astype(call.dtype), chances.astype(call.dtype)
         self._queries.append(call.unfolded((inner @ keys) * call.scale))
-        open_keys = self._keys.add(first, end, inner.swapaxes(-1, -2) @ (queries * call.scale))
-        open_values = self._values.add(first, end, chances.swapaxes(-1, -2) @ slope)
-        waits = [self._queries[-1], open_keys, open_values]
+        new_keys = self._keys.add(chunk, inner.swapaxes(-1, -2) @ (queries * call.scale))
+        new_values = self._values.add(chunk, chances.swapaxes(-1, -2) @ slope)
+        waits = [self._queries[-1], *new_keys, *new_values]
         if sink is not None:
             lost = -(power(sink - log) * share).reshape(call.rows, -1, end - start).sum(axis=(0, 2))
             self._sinks = lost if self._sinks is None else self._sinks + lost
@@ -321,33 +321,36 @@ class _SlabGradients:
 
 
 class _Open:
-    """A sum over [.., T, d] to which parts are added from the end of T to its start."""
+    """A sum over [.., T, d] to which parts are added from the end of T to its start.
+
+    What is done and what is still open are arrays of their own: a slice of one would keep all of it in memory.
+    """
 
     def __init__(self) -> None:
         self._done: list[mx.array] = []
-        self._sum: mx.array | None = None
-        self._first = self._end = 0
+        self._sum: mx.array | None = None  # of the keys from `_first` to the start of the part before
+        self._first = 0
 
-    def add(self, first: int, end: int, part: mx.array) -> mx.array:
-        """Add `part` at [first, end); later parts end no later and begin no later."""
-        if self._sum is None:
-            self._sum, self._first, self._end = part, first, end
-            return part
-        if self._end > end:
-            cut = max(end, self._first)
-            self._done.append(self._sum[..., cut - self._first :, :])
-            self._sum = self._sum[..., : cut - self._first, :]
-        shared = self._sum.shape[-2]
-        fresh = part.shape[-2] - shared
-        total = part[..., fresh:, :] + self._sum if shared else None
-        pieces = [part[..., :fresh, :]] if fresh else []
-        self._sum = _joined([*pieces, *([] if total is None else [total])], -2)
-        self._first, self._end = first, end
-        return self._sum
+    def add(self, chunk: tuple[int, int, int], part: mx.array) -> list[mx.array]:
+        """Add `part`, which the queries of `chunk` give to its keys; parts come without gaps. Returns what is new."""
+        first, start, end = chunk
+
+        def between(low: int, high: int) -> mx.array:
+            """The sum over the keys [low, high) with this part in it."""
+            known = high if self._sum is None else min(max(low, self._first), high)  # where the sum so far begins
+            pieces = [part[..., low - first : known - first, :]] if known > low else []
+            if known < high:
+                assert self._sum is not None
+                so_far = self._sum[..., known - self._first : high - self._first, :]
+                pieces.append(part[..., known - first : high - first, :] + so_far)
+            return _joined(pieces, -2)
+
+        self._done.append(between(start, end))
+        self._sum, self._first = between(first, start) if first < start else None, first
+        return [self._done[-1], *([] if self._sum is None else [self._sum])]
 
     def joined(self) -> mx.array:
-        assert self._sum is not None
-        return _joined([self._sum, *self._done[::-1]], -2)
+        return _joined(self._done[::-1], -2)
 
 
 def _joined(parts: list[mx.array], axis: int) -> mx.array:

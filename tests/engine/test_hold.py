@@ -112,4 +112,4 @@ def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
         mx.eval(engine.value_and_grad(sft, batch))
         peaks.append(mx.get_peak_memory() - before)
         engine.close()
-    assert peaks[1] < 8 * peaks[0]  # 16 times would be the square
+    assert peaks[1] < 5 * peaks[0]  # 4 times is the length, 16 times the square
