@@ -15,7 +15,7 @@ from mlxlora.demo.run import write_chats
 from mlxlora.training.events import Event, Step, Validation
 
 
-def main(out: Path, enough: float = 2.0, steps: int = 40) -> None:
+def main(out: Path, enough: float = 0.5, steps: int = 40) -> None:
     """Train until the loss is at most `enough`, at most `steps` steps."""
     out.mkdir(parents=True)
     with resources.as_file(resources.files("mlxlora.demo") / "model") as source:
@@ -49,4 +49,7 @@ def main(out: Path, enough: float = 2.0, steps: int = 40) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "qlora"))
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "qlora")
+    if out.exists():
+        sys.exit(f"{out} exists. Say where to write: python {sys.argv[0]} OUT")
+    main(out)

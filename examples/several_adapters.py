@@ -50,4 +50,7 @@ def main(out: Path, steps: int = 30) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "several"))
+    out = Path(sys.argv[1] if len(sys.argv) > 1 else "several")
+    if out.exists():
+        sys.exit(f"{out} exists. Say where to write: python {sys.argv[0]} OUT")
+    main(out)
