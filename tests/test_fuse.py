@@ -17,9 +17,7 @@ from tests import tiny
 TOKENS = mx.arange(3, 43)[None]
 ALL = {"targets": ["all-linear", "output"]}
 MODES = {
-    "4bit": {"bits": 4, "group_size": 32},
-    "3bit": {"bits": 3, "group_size": 32},
-    "8bit": {"bits": 8, "group_size": 32},
+    **{f"{bits}bit": {"bits": bits, "group_size": 32} for bits in (2, 3, 4, 5, 6, 8)},
     "mxfp4": {"mode": "mxfp4", "bits": 4, "group_size": 32},
     "mxfp8": {"mode": "mxfp8", "bits": 8, "group_size": 32},
     "nvfp4": {"mode": "nvfp4", "bits": 4, "group_size": 16},
@@ -92,10 +90,16 @@ def test_several_with_scales(made, tmp_path):
     assert result.adapters == {"adapter-0": 0.7, "adapter-1": -0.4}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
-def test_the_bound_is_kept_on_every_quantization(made, tmp_path, family, mode):
-    directory, specs, expected = made(family, mode, size=0.03, **ALL)
+@pytest.mark.parametrize(
+    ("family", "mode", "kind"),
+    [
+        *(("qwen3", mode, "lora") for mode in MODES),
+        *(("mixtral", mode, "lora") for mode in ("4bit", "mxfp4", "mxfp8", "nvfp4")),
+        *(("llama", mode, "dora") for mode in ("6bit", "mxfp8")),
+    ],
+)
+def test_the_bound_is_kept_on_every_quantization(made, tmp_path, family, mode, kind):
+    directory, specs, expected = made(family, mode, size=0.03, type=kind, **ALL)
     result = fuse(str(directory), specs, tmp_path / "out", max_kl=0.005)
     assert result.kl <= 0.005
     assert [one.difference.kl > 0.005 for one in result.tried] == [True] * (len(result.tried) - 1) + [False]

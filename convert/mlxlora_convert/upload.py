@@ -259,7 +259,8 @@ def _send(repo: str, staged: dict[str, Path], *, private: bool, endpoint: str | 
         advice = " Log in with `hf auth login`, with a token that may write." if status in (401, 403) else ""
         raise MlxLoraError(f"The hub refused {repo}: {str(error).splitlines()[0]}.{advice}") from None
     except (OSError, RuntimeError, ValueError) as error:
-        raise MlxLoraError(f"{repo} could not be sent: {str(error).splitlines()[0]}") from None
+        advice = " A hub without Xet storage wants HF_HUB_DISABLE_XET=1 in the environment." if endpoint else ""
+        raise MlxLoraError(f"{repo} could not be sent: {str(error).splitlines()[0]}.{advice}") from None
     finally:
         enable_progress_bars()
     return f"{api.endpoint}/{repo}", str(commit.oid)

@@ -254,6 +254,13 @@ def test_import_a_module_that_was_trained_whole(base_of: Callable[..., Base], tm
         read_back(base_of("llama"), tmp_path / "norm")
 
 
+def test_import_says_why_the_split_projection_of_mla_carries_none(base_of: Callable[..., Base], tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj", "kv_b_proj"])
+    trained(base_of("deepseek_v3").torch_model(), config).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedError, match=r"kv_b_proj: mlx-lm keeps .* one matrix a head.*merge_and_unload"):
+        read_back(base_of("deepseek_v3"), tmp_path)
+
+
 def test_import_refuses_one_side_of_a_tied_table(base_of: Callable[..., Base], tmp_path: Path) -> None:
     for target, side in [("embed_tokens", "input"), ("lm_head", "output")]:
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[target])
