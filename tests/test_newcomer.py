@@ -96,6 +96,11 @@ def test_the_target_is_named_and_not_the_scratch_file(capsys: pytest.CaptureFixt
     assert not list((tmp_path / "folder").iterdir()) and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_report_of_nothing_says_that_it_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", "nowhere"]) == 2
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
 def test_an_empty_directory_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": "b"}\n')

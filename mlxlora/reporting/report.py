@@ -63,6 +63,8 @@ def report(runs: list[Path], *, out: Path | None = None) -> ReportResult:
 
 def read_run(path: Path) -> Run:
     """Everything that the report tells of one run."""
+    if not path.exists():
+        raise RunError(f"{path} does not exist. Name a run directory, which `mlxlora train --out` makes.")
     missing = [name for name in ("config.yaml", "run.json", "metrics.jsonl") if not (path / name).is_file()]
     if missing:
         raise RunError(f"{path} is no run directory: it has no {' and no '.join(missing)}.")
