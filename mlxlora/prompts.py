@@ -12,8 +12,9 @@ import numpy as np
 from mlxlora import mlxlm
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.control import ControlTokens, Reserved
-from mlxlora.data.formats import RowError, read_messages
+from mlxlora.data.formats import read_messages
 from mlxlora.data.known_templates import template_source
+from mlxlora.data.problems import RowError
 from mlxlora.data.records import Conversation
 from mlxlora.data.records import Message as RecordMessage
 from mlxlora.data.rendering import ChatRenderer

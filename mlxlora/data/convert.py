@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from mlxlora.data.config import SamplesConfig
-from mlxlora.data.formats import SHAREGPT_ROLES, RowError
+from mlxlora.data.formats import SHAREGPT_ROLES
 from mlxlora.data.json_rows import Row
 from mlxlora.data.places import Place, find
-from mlxlora.data.problems import Problems
+from mlxlora.data.problems import Problems, RowError
 from mlxlora.data.reader import FormatReader
 from mlxlora.data.records import ROLES, Completion, Conversation, Message, Question, Record
 from mlxlora.errors import InputError

@@ -5,14 +5,13 @@ The format of a file is told from the keys of its first row; a file that mixes f
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from mlxlora.data.problems import kind_of
+from mlxlora.data.messages import decoded_json, message_of, messages_of, tool_calls_of, tools_of, weight_of
+from mlxlora.data.problems import RowError, kind_of
 from mlxlora.data.records import (
-    ROLES,
     Completion,
     Conversation,
     Document,
@@ -25,15 +24,6 @@ from mlxlora.data.records import (
 from mlxlora.errors import ConfigError, nearest
 
 Row = Mapping[str, Any]
-
-
-class RowError(Exception):
-    """What is wrong with a row, and what to do about it."""
-
-    def __init__(self, what: str, advice: str = "") -> None:
-        super().__init__(what)
-        self.what = what
-        self.advice = advice
 
 
 class Format(NamedTuple):
@@ -71,138 +61,10 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-# -- messages ---------------------------------------------------------------------------------------------------------
-
-
 def read_messages(row: Row) -> Conversation:
     """`messages`: role and content, as OpenAI and Hugging Face write them; `tools` beside them."""
     return Conversation(messages_of(row["messages"], "messages"), tools_of(row))
 
-
-def messages_of(value: Any, field: str) -> list[Message]:
-    """A list of messages. Raises RowError."""
-    if not isinstance(value, list):
-        raise RowError(f"'{field}' must be an array of messages, not {kind_of(value)}", _MESSAGE)
-    if not value:
-        raise RowError(f"'{field}' is empty", "Give at least one message, or remove the row.")
-    return [message_of(item, f"{field}[{index}]") for index, item in enumerate(value)]
-
-
-def message_of(item: Any, where: str) -> Message:
-    """One message. Raises RowError."""
-    if not isinstance(item, dict):
-        raise RowError(f"{where} must be an object, not {kind_of(item)}", _MESSAGE)
-    if "role" not in item:
-        raise RowError(f"{where} has no 'role'.{nearest('role', list(item))}", _MESSAGE)
-    role = item["role"]
-    if not isinstance(role, str):
-        raise RowError(f"{where}.role must be a string, not {kind_of(role)}", _MESSAGE)
-    role = {"function": "tool", "ipython": "tool"}.get(role, role)
-    if role not in ROLES:
-        raise RowError(
-            f"{where}.role is '{role}', which is not known.{nearest(role, ROLES)}",
-            f"Known are {', '.join(ROLES)}; `mlxlora data convert --roles coerce` turns others into these.",
-        )
-    calls = tool_calls_of(item.get("tool_calls"), f"{where}.tool_calls")
-    if not calls and item.get("function_call") is not None:
-        calls = tool_calls_of([item["function_call"]], f"{where}.function_call")
-    thinking = next((item[key] for key in ("reasoning_content", "thinking", "reasoning") if item.get(key)), None)
-    if thinking is not None and not isinstance(thinking, str):
-        raise RowError(f"{where}: reasoning must be a string, not {kind_of(thinking)}")
-    content = content_of(item.get("content"), where, needed=not calls and thinking is None)
-    return Message(
-        role=role,
-        content=content,
-        thinking=thinking,
-        tool_calls=calls,
-        name=_optional_text(item, "name", where),
-        tool_call_id=_optional_text(item, "tool_call_id", where),
-        weight=weight_of(item, where),
-    )
-
-
-def content_of(value: Any, where: str, *, needed: bool) -> str:
-    """The text of a message: a string, or a list of text parts. Raises RowError."""
-    if isinstance(value, str):
-        return value
-    if value is None and not needed:
-        return ""
-    if value is None:
-        raise RowError(f"{where}.content is missing or null", "Give its text; only tool calls may go without.")
-    if isinstance(value, list):
-        return "".join(_part(part, f"{where}.content[{index}]") for index, part in enumerate(value))
-    raise RowError(f"{where}.content must be a string, not {kind_of(value)}", _MESSAGE)
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, str):
-        return part
-    if isinstance(part, dict) and part.get("type", "text") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    kind = part.get("type", "an object without a type") if isinstance(part, dict) else kind_of(part)
-    raise RowError(f"{where} is {kind}, not text", "Only text can be learned from; remove the part.")
-
-
-def weight_of(item: Row, where: str) -> float | None:
-    """`train: false` or `weight: 0.5` of a message. Raises RowError."""
-    train, weight = item.get("train"), item.get("weight")
-    if train is not None and not isinstance(train, bool):
-        raise RowError(f"{where}.train must be true or false, not {kind_of(train)}")
-    if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
-        raise RowError(f"{where}.weight must be a number, not {kind_of(weight)}")
-    if weight is not None and not 0 <= weight <= 100:
-        raise RowError(f"{where}.weight is {weight}", "Give 0 to 100; 0 leaves the message out, 1 is usual.")
-    if train is False:
-        return 0.0
-    return None if weight is None or not math.isfinite(weight) else float(weight)
-
-
-def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:
-    """Tool calls in OpenAI's shape, arguments as an object. Raises RowError."""
-    if value is None:
-        return []
-    if not isinstance(value, list):
-        raise RowError(f"{where} must be an array, not {kind_of(value)}", _CALL)
-    calls = []
-    for index, item in enumerate(value):
-        call = item.get("function", item) if isinstance(item, dict) else item
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            raise RowError(f"{where}[{index}] has no function name", _CALL)
-        arguments = call.get("arguments", call.get("parameters", {}))
-        if isinstance(arguments, str):
-            arguments = _decoded(arguments, f"{where}[{index}].arguments")
-        if not isinstance(arguments, dict):
-            raise RowError(f"{where}[{index}].arguments must be an object, not {kind_of(arguments)}", _CALL)
-        made = {"type": "function", "function": {"name": call["name"], "arguments": arguments}}
-        calls.append(made | ({"id": item["id"]} if isinstance(item.get("id"), str) else {}))
-    return calls
-
-
-def _decoded(text: str, where: str) -> Any:
-    try:
-        return json.loads(text) if text.strip() else {}
-    except (ValueError, RecursionError):
-        raise RowError(f"{where} is a string that is not JSON", _CALL) from None
-
-
-def tools_of(row: Row) -> list[dict[str, Any]] | None:
-    """`tools`: JSON schemas, as an array or as JSON text. Raises RowError."""
-    tools = row.get("tools", row.get("functions"))
-    if isinstance(tools, str):
-        tools = _decoded(tools, "tools") if tools.strip() else None
-    if tools is None or tools == []:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowError(
-            "'tools' must be an array of JSON schemas", 'Like [{"type": "function", "function": {"name": …}}].'
-        )
-    for index, tool in enumerate(tools):
-        if not isinstance(tool.get("function", tool).get("name"), str):
-            raise RowError(f"tools[{index}] has no name", 'Like {"type": "function", "function": {"name": …}}.')
-    return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
-
-
-# -- the other formats ------------------------------------------------------------------------------------------------
 
 SHAREGPT_ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
@@ -214,6 +76,8 @@ SHAREGPT_ROLES = {
 def read_sharegpt(row: Row) -> Conversation:
     """`conversations`: from and value (or role and content under this name)."""
     turns = row.get("conversations", row.get("conversation"))
+    if isinstance(turns, str) and turns.lstrip().startswith("["):
+        turns = decoded_json(turns, "'conversations'", _SHAREGPT)
     if not isinstance(turns, list):
         raise RowError(f"'conversations' must be an array, not {kind_of(turns)}", _SHAREGPT)
     if not turns:
@@ -238,7 +102,7 @@ def read_sharegpt(row: Row) -> Conversation:
         if not isinstance(text, str):
             raise RowError(f"{where}.value must be a string, not {kind_of(text)}", _SHAREGPT)
         if role == "call":
-            call = _decoded(text, f"{where}.value")
+            call = decoded_json(text, f"{where}.value")
             calls = tool_calls_of(call if isinstance(call, list) else [call], f"{where}.value")
             messages.append(Message("assistant", tool_calls=calls, weight=weight_of(turn, where)))
         else:
@@ -325,19 +189,10 @@ def _text(row: Row, key: str) -> str:
     return value
 
 
-def _optional_text(item: Row, key: str, where: str) -> str | None:
-    value = item.get(key)
-    if value is not None and not isinstance(value, str):
-        raise RowError(f"{where}.{key} must be a string, not {kind_of(value)}")
-    return value
-
-
 def _keys(row: Row) -> str:
     return ", ".join(repr(str(key)) for key in list(row)[:8]) or "no keys"
 
 
-_MESSAGE = 'A message looks like {"role": "user", "content": "…"}.'
-_CALL = 'A call looks like {"type": "function", "function": {"name": "…", "arguments": {…}}}.'
 _SHAREGPT = 'A turn looks like {"from": "human", "value": "…"}.'
 
 FORMATS: dict[str, Format] = {
@@ -353,14 +208,33 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def unknown_format(row: Row) -> RowError:
-    """What to say about a row whose keys match no format."""
+def unknown_format(row: Row, *, known: bool = True) -> RowError:
+    """What to say about a row whose keys match no format; `known`: with the formats that there are."""
+    keys = [str(key) for key in row]
     close = ""
     for form in FORMATS.values():
         for key in form.keys:
             if key not in row and not close:
-                close = nearest(key, [str(name) for name in row]) and f" '{key}' is missing."
-    return RowError(
-        f"the keys {_keys(row)} are those of no known format.{close}",
-        "Known: " + "; ".join(form.looks for form in FORMATS.values()) + ". Or map your keys with --samples.columns.",
-    )
+                close = f" '{key}' is missing." if get_close_matches(key, keys, n=1, cutoff=0.75) else ""
+    asked, said = (next((key for key in keys if key.lower() in words), None) for words in (ASKED, SAID))
+    mapped = f"Try --samples.columns '{{prompt: {asked}, completion: {said}}}'. " if asked and said else ""
+    looks = "Known: " + "; ".join(form.looks for form in FORMATS.values()) + ". " if known else ""
+    advice = f"{mapped}{looks}{'' if mapped else 'Map your keys with --samples.columns.'}"
+    return RowError(f"the keys {_keys(row)} are those of no known format.{close}", advice.strip())
+
+
+ASKED = ("prompt", "question", "query", "input", "instruction", "user", "human", "problem", "request", "source")
+SAID = (
+    "completion",
+    "answer",
+    "response",
+    "output",
+    "assistant",
+    "reply",
+    "target",
+    "solution",
+    "gpt",
+    "bot",
+    "chosen",
+)
+"""How others name what is asked and what is answered."""

@@ -154,7 +154,9 @@ def _object_rows(text: _Window, name: str, problems: Problems) -> Iterator[Row]:
             else:
                 problems.add(name, line, f"'{arrays[0]}' holds {kind_of(row)}", ROW_ADVICE)
     else:
-        problems.add(name, line, "an object that is no row and holds no array of rows", "Write [ row, row, … ].")
+        named = f"several arrays of rows ({', '.join(map(repr, arrays))})" if arrays else "no array of rows"
+        advice = "Write one file for each, such as train.json and valid.json." if arrays else "Write [ row, row, … ]."
+        problems.add(name, line, f"an object that is no row and holds {named}", advice)
 
 
 class _Window:

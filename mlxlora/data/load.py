@@ -9,14 +9,14 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from mlxlora.data import formats
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.counts import Counts
 from mlxlora.data.dataset import Dataset, Tokens
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import named_template
+from mlxlora.data.messages import message_of
 from mlxlora.data.places import Place, find
-from mlxlora.data.problems import Problems
+from mlxlora.data.problems import Problems, RowError
 from mlxlora.data.reader import Encoder, FormatReader
 from mlxlora.data.records import Completion, Conversation, Document, History, Message, Record, TextRun
 from mlxlora.data.split import split_validation
@@ -232,7 +232,7 @@ def _records(rows: Iterable[Any], reader: FormatReader, problems: Problems) -> I
     for number, row in enumerate(rows, 1):
         try:
             record = _as_record(row)
-        except formats.RowError as error:
+        except RowError as error:
             problems.add("row", number, error.what, error.advice)
             continue
         if record is None:
@@ -254,7 +254,7 @@ def _as_record(row: Any) -> Record | None:
     if isinstance(row, TextRun):
         return History([row])
     if not isinstance(row, list | tuple):
-        raise formats.RowError(
+        raise RowError(
             f"a row must be a dictionary, a list of messages or text, not {type(row).__name__}",
             'Like [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}].',
         )
@@ -263,14 +263,14 @@ def _as_record(row: Any) -> Record | None:
         if isinstance(item, TextRun):
             parts.append(item)
             continue
-        message = item if isinstance(item, Message) else formats.message_of(item, f"messages[{index}]")
+        message = item if isinstance(item, Message) else message_of(item, f"messages[{index}]")
         last = parts[-1] if parts else None
         if isinstance(last, Conversation):
             last.messages.append(message)
         else:
             parts.append(Conversation([message]))
     if not parts:
-        raise formats.RowError("the conversation is empty", "Give at least one message.")
+        raise RowError("the conversation is empty", "Give at least one message.")
     only = parts[0]
     return only if len(parts) == 1 and isinstance(only, Conversation) else History(parts)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
@@ -25,6 +25,23 @@ SPLITS = {
 }  # fmt: skip
 
 
+class Archive:
+    """A ZIP archive whose members are opened one after the other: in their order, one pass over it serves them all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._members: Iterator[tuple[str, BinaryIO]] = iter(())
+
+    def open(self, member: str) -> BinaryIO:
+        """A member, open until the next one is. Raises FormatError."""
+        for _ in range(2):
+            for name, file in self._members:
+                if name == member:
+                    return file
+            self._members = zip_members(self.path)  # it stands further up: once more from the beginning
+        raise FormatError(f"{self.path}: {member} is not there any more.")
+
+
 @dataclass(frozen=True)
 class File:
     """One readable file: on disk, or a member of a ZIP archive.
@@ -39,6 +56,7 @@ class File:
     suffix: str
     member: str | None = None
     weight: float = 1.0
+    archive: Archive | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -62,14 +80,11 @@ class File:
 
     @contextmanager
     def _open(self) -> Iterator[BinaryIO]:
-        if self.member is None:
+        if self.archive is None or self.member is None:
             with self.path.open("rb") as file:
                 yield file
         else:
-            for name, inside in zip_members(self.path):
-                if name == self.member:
-                    yield inside
-                    break
+            yield self.archive.open(self.member)
 
 
 Place = File | HubData
@@ -161,11 +176,11 @@ def _siblings(path: Path) -> str:
 
 def _archive(path: Path, weight: float) -> list[File]:
     """The members of a ZIP archive that can be read, once the archive is known to be harmless. Nothing is unpacked."""
-    files = []
+    files, archive = [], Archive(path)
     for member, _ in zip_members(path):
         inside = PurePosixPath(member)
         if inside.suffix.lower() in READERS and not any(part.startswith((".", "__")) for part in inside.parts):
-            files.append(File(path, f"{path}!{member}", inside.suffix.lower(), member, weight))
+            files.append(File(path, f"{path}!{member}", inside.suffix.lower(), member, weight, archive))
     if not files:
         raise DataError(f"{path}: the archive holds no file that can be read ({_known()}).")
     return files

@@ -9,6 +9,15 @@ from mlxlora.errors import SHOWN, DataError, Problem
 KEPT = 1000  # problems kept; beyond, they are only counted
 
 
+class RowError(Exception):
+    """What is wrong with a row, and what to do about it."""
+
+    def __init__(self, what: str, advice: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.advice = advice
+
+
 class Problems:
     """What is wrong with the data, in the order in which it was found.
 

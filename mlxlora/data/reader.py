@@ -11,10 +11,9 @@ from mlxlora.data import formats
 from mlxlora.data.chat import ChatEncoder, Encoded, encode_completions
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.counts import Counts
-from mlxlora.data.formats import RowError
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import template_source
-from mlxlora.data.problems import Problems
+from mlxlora.data.problems import Problems, RowError
 from mlxlora.data.records import (
     Completion,
     Conversation,
@@ -49,7 +48,7 @@ class FormatReader:
         self.problems = problems
         self.format = config.format
         self._form = formats.known_format(config.format) if config.format else None
-        self._first = 0
+        self._first = self._strangers = 0
 
     def records(self, rows: Iterable[Row]) -> Iterator[tuple[Record, int]]:
         """Records and their lines; what is wrong with a row is noted among the problems."""
@@ -70,7 +69,8 @@ class FormatReader:
             if found is None:
                 # a row of the known format with a null where there should be a value says more by itself
                 if self._form is None or not all(key in value for key in self._form.keys):
-                    raise formats.unknown_format(value)
+                    self._strangers += 1
+                    raise formats.unknown_format(value, known=self._strangers == 1)
             elif self.format is None:
                 self.format, self._first, self._form = found, row.line, formats.FORMATS[found]
             elif found != self.format:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TextIO
 
@@ -76,17 +77,22 @@ def _lines(file: BinaryIO, name: str, problems: Problems) -> Iterator[tuple[int,
             )
 
 
-def read_csv(file: BinaryIO, name: str, problems: Problems, *, delimiter: str = ",") -> Iterator[Row]:
-    """Comma-separated values with a header line. Cells of `messages`, `conversations` and `tools` hold JSON."""
+def read_csv(file: BinaryIO, name: str, problems: Problems, *, delimiter: str | None = None) -> Iterator[Row]:
+    """Values separated by commas, or by the semicolons of many spreadsheets, below a header line.
+
+    Cells of `messages`, `conversations` and `tools` hold JSON.
+    """
     with decoded(file) as text:
         yield from _csv_rows(text, name, problems, delimiter)
 
 
-def _csv_rows(text: TextIO, name: str, problems: Problems, delimiter: str) -> Iterator[Row]:
+def _csv_rows(text: TextIO, name: str, problems: Problems, delimiter: str | None) -> Iterator[Row]:
     csv.field_size_limit(LONGEST_LINE)
     number = 1
     try:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        first = text.readline(LONGEST_LINE)
+        delimiter = delimiter or (";" if ";" in first and "," not in first else ",")
+        reader = csv.reader(itertools.chain([first] if first else [], text), delimiter=delimiter, strict=True)
         header = next(reader, None)
         if header is None:
             return

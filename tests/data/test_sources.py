@@ -78,6 +78,12 @@ FILES: dict[str, tuple[str, Callable[[], bytes]]] = {
     "prompt and completion as messages": ("a.jsonl", lambda: lines(PROMPT_MESSAGES)),
     "csv": ("a.csv", lambda: csv_of(["prompt", "completion"], [list(pair) for pair in PAIRS])),
     "tsv": ("a.tsv", lambda: csv_of(["prompt", "completion"], [list(pair) for pair in PAIRS], "\t")),
+    "csv with semicolons": ("a.csv", lambda: csv_of(["prompt", "completion"], [list(pair) for pair in PAIRS], ";")),
+    "messages as text": ("a.jsonl", lambda: lines([{"messages": json.dumps(row["messages"])} for row in MESSAGES])),
+    "sharegpt as text": (
+        "a.jsonl",
+        lambda: lines([{"conversations": json.dumps(row["conversations"])} for row in SHAREGPT]),
+    ),
     "csv with json cells": ("a.csv", lambda: csv_of(["messages"], [[json.dumps(row["messages"])] for row in MESSAGES])),
     "parquet": ("a.parquet", lambda: parquet_of(COMPLETION)),
     "parquet with messages": ("a.parquet", lambda: parquet_of(MESSAGES)),
@@ -114,6 +120,20 @@ def test_zip_and_directory(tmp_path: Path, tokenizer: Tokenizer, expected: list[
         archive.extractall(folder)
     splits = load(folder, tokenizer)
     assert tokens(splits) == expected and splits.valid is not None
+
+
+def test_an_archive_of_many_files_is_read_in_one_pass(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for i in range(60):
+            archive.writestr(f"{'valid' if i % 3 == 0 else 'train'}-{i:02}.jsonl", lines([COMPLETION[i % 5]]))
+    opened = []
+    real = zipfile.ZipFile
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *a, **k: opened.append(a) or real(*a, **k))
+    splits = load(tmp_path / "a.zip", tokenizer, SamplesConfig(cache=tmp_path / "cache"))
+    assert len(splits.train) == 40 and splits.valid is not None and len(splits.valid) == 20
+    assert splits.train.origin(39).endswith("a.zip!train-59.jsonl:1") and len(opened) <= 4
 
 
 def test_a_directory_without_splits_is_all_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
