@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from mlxlora.errors import ConfigError, Interrupted, MlxLoraError, nearest
-from mlxlora.files import plain
+from mlxlora.files import plain, refusal_of
 from mlxlora.version import __version__
 
 
@@ -76,15 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 1
-    except OSError as error:  # a path that cannot be read or written: say which, and what the system says
+    except OSError as error:
         if debug:
             traceback.print_exc()
-        path = error.filename2 or error.filename  # of a failed rename the target, not our scratch file
-        where = f"{path}: " if path else ""
-        print(
-            f"error: {where}{error.strerror or error}. Choose another path, or check its permissions.", file=sys.stderr
-        )
-        return 1
+        refusal = refusal_of(error)
+        print(f"error: {refusal}", file=sys.stderr)
+        return refusal.exit_code
 
 
 def run(words: list[str]) -> int:

@@ -137,6 +137,9 @@ def compare(
     """
     wanted = {name: metric(name) for name in metrics or ()}
     factors = check(scales, max_rows, out)
+    if harness_limit is not None and (harness_limit < 1 or not harness):
+        rule = "1 or more" if harness else "given with --harness"
+        raise ConfigError(f"harness_limit is {harness_limit}, but must be {rule}.")
     if harness:
         refuse_missing()
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code)

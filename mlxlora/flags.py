@@ -44,11 +44,13 @@ def build_parser(function: Callable[..., Any], positional: Sequence[str] = ()) -
 
 
 def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
-    """Spell the flags as the parser wants them.
+    """Spell the flags as the parser wants them, each with its value: `--flag=value`.
 
     `--max-length` becomes `--max_length`; a switch needs no value; a list takes several values and several flags.
+    Raises ConfigError for a value that is missing, or empty where nothing cannot be meant.
     """
     actions = parser._option_string_actions
+    bare = [action.dest.upper() for action in parser._actions if not action.option_strings]
     result: list[str] = []
     lists: dict[str, list[str]] = {}
     index = 0
@@ -56,6 +58,8 @@ def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
         word = words[index]
         index += 1
         if not word.startswith("--"):
+            if word == "":
+                raise ConfigError(f"{' '.join(bare) or 'A word'} is empty. Give a value.")
             result.append(word)
             continue
         flag, equals, value = word.partition("=")
@@ -64,45 +68,55 @@ def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
         if flag not in actions and f"{flag}_" in actions:  # a parameter that Python will not have by that name
             flag += "_"
         action = actions.get(flag)
-        kind = kind_of(action)
-        if "list[" in kind.lower():
-            values = [value] if equals else []
-            while not equals and index < len(words) and not words[index].startswith("--"):
-                values.append(words[index])
-                index += 1
-            if not values:
-                raise ConfigError(f"{flag} needs a value.")
-            lists.setdefault(flag, []).extend(values)
-        elif kind == "<class 'bool'>" and not equals and (index == len(words) or words[index].startswith("--")):
-            result.append(f"{flag}=true")
-        elif "Path" in kind and (value if equals else "".join(words[index : index + 1])) == "":
-            raise ConfigError(f"{flag} is empty. Give a path.")
-        elif kind in TEXTS and (equals or (index < len(words) and not words[index].startswith("--"))):
-            if not equals:
-                value = words[index]
-                index += 1
-            result.append(f"{flag}={value}")
-        else:
+        if action is None or action.nargs == 0:  # unknown, or of a group that may be left out; --json
             result.append(flag + equals + value)
-    for flag, values in lists.items():
-        if "" in values:  # as of an unset variable of the shell; as a path it would mean the current directory
-            raise ConfigError(f"{flag} is empty. Give a value.")
-        kind = kind_of(actions[flag])
-        alone = len(values) == 1 and (values[0].startswith("[") or "Union" in kind)  # a number may mean itself there
-        if "[str]" in kind:
-            result.append(f"{flag}={values[0] if alone else quoted(values)}")
+            continue
+        kind = kind_of(action)
+        given = [value] if equals else []
+        while not equals and index < len(words) and not words[index].startswith("--"):
+            if kind == "<class 'bool'>" and bare and words[index].lower() not in ("true", "false"):
+                break  # a switch; what follows stands without a flag
+            given.append(words[index])
+            index += 1
+            if "list[" not in kind.lower():
+                break
+        if not given and kind == "<class 'bool'>":
+            given = ["true"]
+        check_given(flag, given, action, [name for name in actions if name.startswith(f"{flag}.")])
+        if "list[" in kind.lower():
+            lists.setdefault(flag, []).extend(given)
         else:
-            result.append(f"{flag}={values[0] if alone else '[' + ','.join(values) + ']'}")
-    return result
+            result.append(f"{flag}={given[0]}")
+    return [*result, *(f"{flag}={joined(values, kind_of(actions[flag]))}" for flag, values in lists.items())]
+
+
+def check_given(flag: str, values: list[str], action: Any, below: list[str]) -> None:
+    """Raise ConfigError for a flag without a value, with an empty one, or for a group of options as if it were one."""
+    kind = kind_of(action)
+    group = [f"{flag}.{field.name}" for field in fields_of(action)] or below
+    if group:
+        named = ", ".join(group[:4])
+        raise ConfigError(f"{flag} is a group of options. Give them one by one ({named}, …), or all by --config FILE.")
+    if not values:
+        raise ConfigError(f"{flag} needs a value.")
+    # as of an unset variable of the shell; as a path it would mean the current directory
+    if "" in values and kind != "<class 'str'>":
+        wanted = "a path" if "Path" in kind else meant(kind)
+        raise ConfigError(f"{flag} is empty. Give {wanted}{', or leave it out' if 'None' in kind else ''}.")
+
+
+def joined(values: list[str], kind: str) -> str:
+    """The values of a list as YAML."""
+    whole = values[0][:1] + values[0][-1:] == "[]" or "Union" in kind  # where a number may also mean itself
+    if len(values) == 1 and whole:
+        return values[0]
+    if "[str]" not in kind:
+        return f"[{','.join(values)}]"
+    written: str = yaml.safe_dump(values, default_style='"', default_flow_style=True, width=10**9, allow_unicode=True)
+    return written.rstrip("\n")
 
 
 TEXTS = ("typing.Optional[str]", "str | None", "typing.Optional[pathlib.Path]", "pathlib.Path | None")
-
-
-def quoted(values: list[str]) -> str:
-    """Texts as a list in YAML, whatever they hold."""
-    written: str = yaml.safe_dump(values, default_style='"', default_flow_style=True, width=10**9, allow_unicode=True)
-    return written.rstrip("\n")
 
 
 def options(parser: ArgumentParser) -> list[str]:
@@ -137,13 +151,9 @@ def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
         for word in words:  # texts that YAML reads as no value at all, such as `# Rules` or `~`
             flag, _, text = word.partition("=")
             action = parser._option_string_actions.get(flag)
-            if (
-                action is not None
-                and kind_of(action) in TEXTS
-                and text not in ("", "null")
-                and given[action.dest] is None
-            ):
-                given[action.dest] = Path(text) if "Path" in kind_of(action) else text
+            kind = kind_of(action)
+            if action is not None and kind in TEXTS and text not in ("", "null") and given[action.dest] is None:
+                given[action.dest] = Path(text) if "Path" in kind else text
         return dict(vars(parser.instantiate(given)))
     except ArgumentError as error:
         raise ConfigError(explain(str(error), known)) from None
@@ -151,11 +161,9 @@ def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
 
 def check_config_files(words: list[str], groups: set[str]) -> None:
     """Read every --config file with our own careful reader first: safe YAML, no key twice, mappings for all groups."""
-    for index, word in enumerate(words):
-        if word.partition("=")[0] != "--config":
-            continue
-        path = word.partition("=")[2] or (words[index + 1] if index + 1 < len(words) else "")
-        if not path:
+    for word in words:
+        flag, _, path = word.partition("=")
+        if flag != "--config":
             continue
         content = read_yaml(Path(path))
         if not isinstance(content, dict):
@@ -169,11 +177,28 @@ KINDS = {
     "int": "a whole number",
     "float": "a number",
     "bool": "true or false",
+    "str": "a text",
+    "Path": "a path",
     "list": "a list such as [1, 2]",
     "List": "a list such as [1, 2]",
     "dict": "names with values, such as '{name: value}'",
-    "tuple": "a list such as [0.9, 0.99]",
+    "tuple": "two numbers such as [0.9, 0.99]",
+    "Tuple": "two numbers such as [0.9, 0.99]",
 }
+
+
+def meant(kind: str) -> str:
+    """What an annotation asks for, in words."""
+    if choices := re.search(r"Literal\[(.*?)\]", kind):
+        return among(choices[1])
+    found = re.search(r"\b(list|tuple|dict|int|float|bool)\b", kind)
+    return KINDS[found[1]] if found else "a value"
+
+
+def among(choices: str) -> str:
+    """The names of a Literal, in words."""
+    names = choices.replace("'", "")
+    return f"one of {names}" if "," in names else names
 
 
 def explain(message: str, known: list[str]) -> str:
@@ -205,16 +230,14 @@ def explain_value(match: re.Match[str], known: list[str]) -> str:
     what = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[2]).replace("typing.", "")
     inner = re.search(r'Parser key "(\w+)"', what)  # the field of a group that may also be left out
     name = f"{match[1]}.{inner[1]}" if inner else match[1]
-    given = re.search(r"Got value: (\S+)|Given value: (\S+)", what)
+    given = re.search(r"(?:Got|Given) value: ?(.*)", what)
     kinds = {
-        f"one of {choices.replace(chr(39), '')}" if kind == "Literal" else KINDS.get(kind, kind)
+        among(choices) if kind == "Literal" else KINDS[kind]
         for kind, choices in re.findall(r"Expected an? (\w+)(?:\[(.*?)\])?", what)
-        if kind != "NoneType"
+        if kind == "Literal" or kind in KINDS
     }
     if nested := re.search(r"Got value: NestedArg\(key='([\w.]+)'", what):
         return f"unknown option --{name}.{nested[1]}."
-    if "import path" in what:
-        return f"--{match[1]} stands for a group of options: --{match[1]}.NAME VALUE."
     if given and kinds:
-        return f"--{name} is {given[1] or given[2]}, but must be {' or '.join(sorted(kinds))}."
+        return f"--{name} is {given[1].strip() or 'empty'}, but must be {' or '.join(sorted(kinds))}."
     return f"--{match[1]}: " + " ".join(what.split())

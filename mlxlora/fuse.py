@@ -108,8 +108,8 @@ def fuse(
         MlxLoraError: the bound cannot be kept in the form that was asked for (exit code 1)
     """
     out = Path(out)
-    if max_kl < 0:
-        raise ConfigError(f"max_kl must not be negative, and {max_kl:g} is.")
+    if not max_kl >= 0:
+        raise ConfigError(f"max_kl is {max_kl:g}, but must be 0 or more.")
     if not adapter:
         raise ConfigError("No adapter was given: --adapter PATH or PATH=SCALE.")
     path = hub.find(model, revision=revision)

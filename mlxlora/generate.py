@@ -114,6 +114,8 @@ def generate(
         ModelError, AdapterError: something is wrong with the model or an adapter
         ConfigError: a system prompt without a chat template
     """
+    if not prompt.strip():
+        raise ConfigError("The prompt is empty. Say something to answer: --prompt 'What is …?'")
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code, adapter=adapter or ())
     use_chat = bool(loaded.tokenizer.chat_templates) if chat is None else chat
     if system is not None and not use_chat:

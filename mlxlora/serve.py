@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import os
+import re
 import secrets
 import socket
 import sys
@@ -76,7 +77,7 @@ def serve(
         ModelError, AdapterError: something is wrong with the model or an adapter
     """
     given = token if token is not None else os.environ.get(TOKEN_VARIABLE)
-    check_address(host, port, given, max_tokens)
+    check_address(host, port, given, max_tokens, origins or ())
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code, adapter=adapter or ())
     server = Server(loaded, host=host, port=port, token=given, origins=origins or (), max_tokens=max_tokens)
     names = ", ".join(server.rules.names())
@@ -89,7 +90,7 @@ def serve(
     return Served(server.address, server.answered, server.refused)
 
 
-def check_address(host: str, port: int, token: str | None, max_tokens: int) -> None:
+def check_address(host: str, port: int, token: str | None, max_tokens: int, origins: Sequence[str] = ()) -> None:
     """Raise ConfigError for an address that would be open to others without a token, and for values that cannot be."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"port is {port}; give 0 to 65535.")
@@ -97,6 +98,11 @@ def check_address(host: str, port: int, token: str | None, max_tokens: int) -> N
         raise ConfigError(f"max_tokens is {max_tokens}; give 1 or more.")
     if token is not None and (len(token) < 16 or not token.isascii() or not token.isprintable() or " " in token):
         raise ConfigError("The token must be at least 16 printable ASCII characters without spaces.")
+    for origin in origins:
+        if not re.fullmatch(r"https?://[^/\s]+", origin):  # a browser writes it so, and any other would never match
+            raise ConfigError(f"--origins {origin} is no origin. Write it as http://localhost:3000, without a path.")
+    if not host:
+        raise ConfigError("--host is empty. Give an address, such as 127.0.0.1, or leave it out.")
     if host.lower() not in LOOPBACK and token is None:
         raise ConfigError(
             f"--host {host} can be reached from other machines, so clients have to prove themselves: give --token, "
@@ -127,7 +133,7 @@ class Server:
 
         Raises ConfigError when the address needs a token, cannot be had, or an adapter's name is the model's.
         """
-        check_address(host, port, token, max_tokens)
+        check_address(host, port, token, max_tokens, origins)
         name = model.path.resolve().name
         if name in model.adapters:
             raise ConfigError(f"An adapter has the name of the model, '{name}'. Rename its directory.")

@@ -27,7 +27,7 @@ from mlxlora.adapters import AdapterConfig
 from mlxlora.data import SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.errors import ConfigError, Problem, RunError
-from mlxlora.files import plain, read_json, write_json, write_whole
+from mlxlora.files import plain, read_json, refuse_unmakeable, write_json, write_whole
 from mlxlora.finetune import finetune
 from mlxlora.model import load_tokenizer
 from mlxlora.plan import plan
@@ -214,6 +214,7 @@ def tune(
 
 def begin(out: Path, base: dict[str, Any], search: SearchConfig, on_progress: Progress | None) -> None:
     """Refuse what cannot be searched, or an `out` of something else; note in `out` what the search depends on."""
+    refuse_unmakeable(out)
     path = hub.find(base["model"], revision=base["revision"])
     tokenizer = load_tokenizer(path, trust_remote_code=base["trust_remote_code"])
     splits = load_data(

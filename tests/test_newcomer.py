@@ -58,8 +58,8 @@ def test_help_lists_the_options_of_groups_that_may_be_left_out(capsys: pytest.Ca
         ("eval --model m --data d --split foo", "--split is foo, but must be one of auto, train, valid, test."),
         ("convert --model m --out q --dtype int8", "--dtype is int8, but must be one of float16, bfloat16, float32."),
         ("export --model m --out e.gguf --to gguf --gguf.type q99", "--gguf.type is q99, but must be one of f32"),
-        ("train --model m --data d --out o --adapter.layers foo", "a whole number or one of all"),
-        ("train --model m --data d --out o --optimizer.betas 0.9", "but must be a list such as [0.9, 0.99]."),
+        ("train --model m --data d --out o --adapter.layers foo", "a list such as [1, 2] or a whole number or all."),
+        ("train --model m --data d --out o --optimizer.betas 0.9", "but must be two numbers such as [0.9, 0.99]."),
         ("data check", "missing: DATA, --model"),
         ("train --model m --data d --out o --adapter.rank 1.5", "--adapter.rank is 1.5, but must be a whole number."),
         ("train --model m --data d --out o --gentle maybe", "--gentle is maybe, but must be true or false."),
@@ -68,7 +68,10 @@ def test_help_lists_the_options_of_groups_that_may_be_left_out(capsys: pytest.Ca
             "export --model m --to gguf --out e.gguf --gguf.typ f16",
             "unknown option --gguf.typ. Did you mean 'gguf.type'",
         ),
-        ("export --model m --to gguf --out e.gguf --gguf f16", "a group of options: --gguf.NAME VALUE."),
+        (
+            "export --model m --to gguf --out e.gguf --gguf f16",
+            "a group of options. Give them one by one (--gguf.type, …)",
+        ),
         ("convert --model m --out o --quantize.bit 4", "unknown option --quantize.bit. Did you mean 'quantize.bits'?"),
         ("plan --fro M2", "unknown option --fro. Did you mean 'for'?"),
         ("train --model m --data d --out=", "--out is empty"),
@@ -90,7 +93,7 @@ def test_the_target_is_named_and_not_the_scratch_file(capsys: pytest.CaptureFixt
     (tmp_path / "folder").mkdir()
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cli.VERBS, "put", cli.Verb("tests.test_newcomer:put", "write a file"))
-        assert cli.main(["put", "--out", str(tmp_path / "folder")]) == 1
+        assert cli.main(["put", "--out", str(tmp_path / "folder")]) == 2
     shown = capsys.readouterr().err
     assert f"{tmp_path / 'folder'}" in shown and "Traceback" not in shown
     assert not list((tmp_path / "folder").iterdir()) and len(list(tmp_path.iterdir())) == 1

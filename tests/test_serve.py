@@ -226,10 +226,18 @@ def test_tokens(loaded: model.LanguageModel) -> None:
 
 def test_other_addresses_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLXLORA_TOKEN", raising=False)
-    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org", ""):
+    for host in ("0.0.0.0", "::", "192.168.1.5", "example.org"):
         with pytest.raises(ConfigError, match="token"):
             serve("no/such/model", host=host)
-    for wrong in ({"token": "short"}, {"token": "with spaces in it......"}, {"port": 70000}, {"max_tokens": 0}):
+    for wrong in (
+        {"token": "short"},
+        {"token": "with spaces in it......"},
+        {"port": 70000},
+        {"max_tokens": 0},
+        {"host": ""},
+        {"origins": ["localhost:3000"]},
+        {"origins": ["http://localhost:3000/"]},
+    ):
         with pytest.raises(ConfigError):
             serve("no/such/model", **wrong)  # type: ignore[arg-type]
     check_address("0.0.0.0", 80, "0123456789abcdef", 10)

@@ -20,7 +20,8 @@ from mlxlora.data.load import DataSplits, load
 from mlxlora.data.look import Looker
 from mlxlora.data.reader import Encoder
 from mlxlora.data.show import Shown, for_page, for_terminal, shown
-from mlxlora.files import write_whole
+from mlxlora.errors import ConfigError
+from mlxlora.files import refuse_no_page, write_whole
 from mlxlora.model import load_tokenizer
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
@@ -133,6 +134,11 @@ def check(
 
     Raises DataError with every row that cannot be read (file:line).
     """
+    batches = BatchConfig(batch_size=batch_size, tokens_per_batch=tokens_per_batch, max_length=samples.max_length)
+    if show < 0:
+        raise ConfigError(f"show is {show}, but must be 0 or more.")
+    if html is not None:
+        refuse_no_page(html)
     tokenizer = load_tokenizer(hub.find(model), trust_remote_code=trust_remote_code)
     config = replace(samples, allow_unusable=True, preference="chosen")
     splits = load(data, tokenizer, config, seed=seed, on_progress=on_progress)
@@ -144,7 +150,6 @@ def check(
     looker = Looker(tokenizer, samples, findings)
     looker.look(data, on_progress)
     train, counts = splits.train, splits.counts["train"]
-    batches = BatchConfig(batch_size=batch_size, tokens_per_batch=tokens_per_batch, max_length=samples.max_length)
     plan = plan_epoch(train.lengths, batches, seed=seed, epoch=0, repeats=train.repeats)
     packed = plan_epoch(train.lengths, replace(batches, packing=True), seed=seed, epoch=0, repeats=train.repeats)
     seen = int(train.lengths.sum()) if train.repeats is None else sum(
@@ -174,7 +179,6 @@ def check(
         html=html,
     )
     if html is not None:
-        html.parent.mkdir(parents=True, exist_ok=True)
         bars = [(f"{low}–{high}", count) for low, high, count in result.histogram]
         title = f"{', '.join(result.data)} with {model}"
         write_whole(html, for_page(title, result.facts(), bars, [str(f) for f in result.findings], result.shown))

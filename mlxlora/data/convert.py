@@ -18,7 +18,7 @@ from mlxlora.data.problems import Problems, RowError
 from mlxlora.data.reader import FormatReader
 from mlxlora.data.records import ROLES, Completion, Conversation, Message, Question, Record
 from mlxlora.errors import InputError
-from mlxlora.files import sync
+from mlxlora.files import refuse_unmakeable, sync
 from mlxlora.progress import Progress
 
 Form = Literal["messages", "sharegpt"]
@@ -84,6 +84,8 @@ def convert(
     """
     places = find(data)
     targets = _targets(places, out)
+    for path in targets.values():
+        refuse_unmakeable(path)
     existing = [path for path in targets.values() if path.exists()]
     if existing and not overwrite:
         raise InputError(f"{existing[0]} exists already. Choose another place, or give --overwrite.")

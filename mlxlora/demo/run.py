@@ -121,6 +121,8 @@ def demo(
     """
     if questions < 1 or samples < 20:
         raise ConfigError(f"questions is {questions} and samples is {samples}; give at least 1 and 20.")
+    if not 0 <= seed < 2**62:
+        raise ConfigError(f"seed is {seed}, but must be from 0 to below 2**62.")
     start = time.perf_counter()
     out = Path(out)
     _prepare(out)
@@ -133,6 +135,7 @@ def demo(
 def _prepare(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file. Choose another place for the demo.")
+    files.refuse_unmakeable(out)
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARKER).is_file():
             raise InputError(f"{out} holds something else than an earlier demo. Choose another place with --out.")

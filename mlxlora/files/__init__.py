@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and files that are read with care.
 
 publish.py  scratch, flush, rename: nothing that mlxlora publishes is ever half there
+places.py   where something is to be written, looked at before the work begins
 reading.py  JSON, YAML, hashes
 tensors.py  safetensors: the header is checked before MLX maps a byte
 archive.py  ZIP: members stay below their folder, and do not grow without bound
@@ -9,6 +10,7 @@ plain.py    values as JSON and YAML know them
 """
 
 from mlxlora.files.archive import extract_zip, zip_members
+from mlxlora.files.places import refusal_of, refuse_no_page, refuse_unmakeable
 from mlxlora.files.plain import plain
 from mlxlora.files.publish import (
     new_directory,
@@ -38,7 +40,10 @@ __all__ = [
     "read_json",
     "read_text",
     "read_yaml",
+    "refusal_of",
     "refuse_existing",
+    "refuse_no_page",
+    "refuse_unmakeable",
     "remove_directory",
     "require_space",
     "room_for",

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora.errors import InputError
+from mlxlora.files.places import refuse_unmakeable
 from mlxlora.files.space import room_for
 from mlxlora.files.tensors import check_safetensors
 
@@ -197,10 +198,11 @@ def remove_directory(path: Path) -> None:
 
 
 def refuse_existing(target: Path) -> None:
-    """Raise InputError when `target` is a file or a directory with something in it."""
+    """Raise InputError when `target` is a file or a directory with something in it, or cannot be made."""
     target = Path(target)
     if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
         return
+    refuse_unmakeable(target)
     if target.exists() or target.is_symlink():
         raise InputError(f"{target} exists already. Choose another place, or remove it first.")
 
@@ -210,6 +212,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     path = Path(path)
     data = content.encode("utf-8") if isinstance(content, str) else content
     with room_for(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}{SCRATCH}", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:

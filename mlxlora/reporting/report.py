@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora.errors import RunError
-from mlxlora.files import human_bytes, read_json, read_yaml, write_whole
+from mlxlora.files import human_bytes, read_json, read_yaml, refuse_no_page, write_whole
 from mlxlora.reporting.clock import clock
 from mlxlora.reporting.jsonl import read
 from mlxlora.reporting.page import chart, render, smooth
@@ -55,6 +55,8 @@ def report(runs: list[Path], *, out: Path | None = None) -> ReportResult:
 
     Raises RunError for a directory that holds no run.
     """
+    if out is not None:
+        refuse_no_page(out)
     found = [read_run(Path(path)) for path in runs]
     place = out or (found[0].path / "report.html" if len(found) == 1 else Path("report.html"))
     write_whole(place, page(found))

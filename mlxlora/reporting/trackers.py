@@ -84,7 +84,10 @@ def check(names: Sequence[str]) -> None:
     """Raise ConfigError for a tracker that is unknown or not installed, before a run begins."""
     for name in names:
         if name not in TRACKERS:
-            raise ConfigError(f"report_to: there is no tracker '{name}'.{nearest(name, list(TRACKERS))}")
+            raise ConfigError(
+                f"report_to: there is no tracker '{name}'.{nearest(name, list(TRACKERS))} "
+                f"There are: {', '.join(TRACKERS)}."
+            )
         if importlib.util.find_spec(name) is None:
             raise ConfigError(f"report_to {name} needs a package: pip install 'mlxlora[{name}]'")
 

@@ -69,7 +69,7 @@ class TrainingConfig:
             demand(getattr(self, name) is None or getattr(self, name) >= 1, name, "1 or more")
         for name in ("accumulate", "report_every", "keep"):
             demand(getattr(self, name) >= 1, name, "1 or more")
-        demand(0 <= self.seed < 2**63, "seed", "0 or more")
+        demand(0 <= self.seed < 2**63, "seed", "from 0 to below 2**63")
         demand(self.target_loss is None or self.target_loss > 0, "target_loss", "above 0")
         demand(self.max_minutes is None or self.max_minutes > 0, "max_minutes", "above 0")
         demand(self.skip_nonfinite >= 0, "skip_nonfinite", "0 or more")

@@ -28,6 +28,7 @@ from mlxlora.files import (
     human_bytes,
     new_directory,
     read_json,
+    refuse_unmakeable,
     remove_directory,
     require_space,
     sweep_scratch,
@@ -279,6 +280,7 @@ class RunDirectory:
 def _refuse_no_directory(path: Path) -> None:
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise RunError(f"{path} is not a directory. Choose another --out.")
+    refuse_unmakeable(path)
 
 
 def _read_stored(path: Path) -> dict[str, Any] | None:

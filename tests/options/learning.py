@@ -57,7 +57,7 @@ ROWS: list[Row] = [
     row("data check", "batch_size", "2", "steps"),
     row("data check", "tokens_per_batch", "64", "steps"),
     row("data check", "show", "1", "picked+shown+text"),
-    row("data check", "html", "@out", "page"),
+    row("data check", "html", "@out.html", "page"),
     row("data check", "seed", "9", "learned+picked+text", samples__validation_split="0.25"),
     # ---- data convert -----------------------------------------------------------------------------------------------
     row("data convert", "data", "@few", "written"),
@@ -80,7 +80,7 @@ ROWS: list[Row] = [
     row("plan", "training.steps", "5", "steps+tokens"),
     row("plan", "training.batch_size", "2", "asked+data+steps"),
     row("plan", "training.tokens_per_batch", "64", "asked+data+steps"),
-    row("plan", "training.accumulate", "2", "asked+steps+tokens"),
+    row("plan", "training.accumulate", "5", "asked+steps+tokens"),
     row("plan", "training.checkpoint_blocks", "inputs", "asked"),
     row("plan", "training.seed", "7", "asked+tokens"),
     row("plan", "memory_limit", "2GB", "limit"),

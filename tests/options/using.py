@@ -137,6 +137,6 @@ ROWS: list[Row] = [
     row("upload", "endpoint", "http://localhost:1", "sent", dry_run="false"),
     # ---- report and completion --------------------------------------------------------------------------------------
     row("report", "runs", "@run @second_run", "page+at"),
-    row("report", "out", "@out.page", "at"),
+    row("report", "out", "@out.htm", "at"),
     row("completion", "shell", "zsh", "shell+script"),
 ]
