@@ -20,9 +20,9 @@ from tests.options.place import Place, listed, tensors
 
 
 def rounded(value: Any) -> Any:
-    """Numbers to six digits: sums are made in another order when batches change."""
+    """Numbers to four digits: sums are made in another order when batches change."""
     if isinstance(value, float):
-        return float(f"{value:.6g}")
+        return float(f"{value:.4g}")
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
