@@ -37,7 +37,7 @@ def options_of(verb: str) -> set[str]:
     """Every option of a verb by its dotted name; of a group that may be left out, its fields."""
     found = set()
     for action in parser_of(verb)[0]._actions:
-        if action.dest in ("help", "config", "json") or action.dest.endswith(".help"):
+        if action.dest in ("help", "config", "json", "print_shtab") or action.dest.endswith(".help"):
             continue
         groups = [kind for kind in get_args(getattr(action, "_typehint", None)) if is_dataclass(kind)]
         if groups:
