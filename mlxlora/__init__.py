@@ -1,8 +1,16 @@
 """Fine-tune language models with MLX: what the command line does, as functions.
 
->>> from mlxlora import AdapterConfig, finetune, load
+>>> from mlxlora import AdapterConfig, complete, finetune, load
 >>> result = finetune("mlx-community/Qwen3-0.6B-4bit", ["chats.jsonl"], "run", adapter=AdapterConfig(rank=8))
 >>> model = load("mlx-community/Qwen3-0.6B-4bit", adapter=[str(result.run)])
+>>> complete(model, "Why do leaves turn red?").text
+
+Verbs:     convert, plan, tune, finetune (`mlxlora train`), evaluate (`mlxlora eval`), compare, generate, serve, fuse,
+           merge, report, doctor; `mlxlora_convert.export` has export and import_
+Options:   SamplesConfig, AdapterConfig, OptimizerConfig, TrainingConfig, QuantizeConfig, SamplingConfig, SearchConfig
+Models:    load, save, LanguageModel with its adapters, complete, stream, Dialogue
+Parts:     load_data, from_rows, load_tokenizer, Dataset; inject, remove, load_adapter, save_adapter; Engine; Control
+Errors:    MlxLoraError and its kinds, in mlxlora.errors; events of a run: mlxlora.training.events
 """
 
 from mlxlora.adapters import AdapterConfig, inject, load_adapter, remove, save_adapter

@@ -1,6 +1,8 @@
 """What is told to install can be installed, and what the code reads is in the package."""
 
+import ast
 import re
+import sys
 import tomllib
 from pathlib import Path
 
@@ -12,6 +14,26 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 def sources() -> list[Path]:
     return [*(ROOT / "mlxlora").rglob("*.py"), *(ROOT / "convert").rglob("*.py"), *(ROOT / "docs").rglob("*.md")]
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    groups = [PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"].values()]
+    names = {re.split(r"[\[<>=; ]", line)[0].replace("-", "_") for lines in groups for line in lines}
+    names |= {"yaml", "google"} if {"pyyaml", "protobuf"} <= names else set()  # what these two are imported as
+    imported = {
+        name.split(".")[0]
+        for folder in ("mlxlora", "convert")
+        for path in (ROOT / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for name in named(node)
+    }
+    assert imported - set(sys.stdlib_module_names) - {"mlxlora", "mlxlora_convert"} - names == set()
+
+
+def named(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.ImportFrom):
+        return [node.module] if node.module and not node.level else []
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
 
 
 def test_extras_that_messages_name_exist() -> None:
