@@ -136,6 +136,13 @@ def _check_weights(path: Path) -> Callable[[nn.Module, dict[str, mx.array]], Non
             for name in sorted(expected.keys() & given.keys())
             if given[name].shape != expected[name].shape
         ]
+        problems += [
+            Problem(
+                name, f"holds {str(given[name].dtype).rpartition('.')[2]}, the network needs floating-point numbers"
+            )
+            for name in sorted(expected.keys() & given.keys())
+            if mx.issubdtype(expected[name].dtype, mx.floating) and not mx.issubdtype(given[name].dtype, mx.floating)
+        ]
         if problems:
             raise ModelError.of(f"The weights of {path} do not fit the network of its config.json:", problems)
 

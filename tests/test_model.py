@@ -45,6 +45,7 @@ def test_every_wrong_tensor_is_named(tmp_path: Path) -> None:
     del tensors["model.norm.weight"]
     tensors["model.stranger.weight"] = mx.zeros((2, 2))
     tensors["lm_head.weight"] = mx.zeros((7, 32))
+    tensors["model.layers.0.mlp.up_proj.weight"] = mx.zeros((64, 32), mx.int32)
     mx.eval(tensors)
     path.unlink()
     mx.save_safetensors(str(path), tensors)
@@ -54,6 +55,7 @@ def test_every_wrong_tensor_is_named(tmp_path: Path) -> None:
     assert "model.norm.weight: missing" in text
     assert "model.stranger.weight: in the weight files" in text
     assert "lm_head.weight: has shape [7, 32], the network needs [512, 32]" in text
+    assert "up_proj.weight: holds int32, the network needs floating-point numbers" in text
 
 
 def test_a_cut_off_shard_is_named(tmp_path: Path) -> None:
