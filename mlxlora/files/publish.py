@@ -35,7 +35,10 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         if sys.platform == "darwin":
-            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            try:
+                fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+            except OSError:  # a file system that knows only the common flush, such as one over the network
+                os.fsync(handle)
         else:
             os.fsync(handle)
     except OSError as error:

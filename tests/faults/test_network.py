@@ -34,11 +34,27 @@ print(json.dumps({"seen": seen, "codes": codes, "tried": tried}))
 def test_no_connection_with_local_paths(tmp_path: Path) -> None:
     model, data = tiny.model_directory(tmp_path / "model", "qwen3"), session.rows(tmp_path / "data.jsonl", 8)
     base = ["--model", str(model)]
+    tuned = ["--adapter", str(tmp_path / "run")]
+    words = "--samples.validation_split 0.3 --search.learning_rates 0.001 --search.ranks 2 --search.targets attention"
+    search = [*words.split(), "--search.steps", "1"]
     commands = [
         ["convert", *base, "--out", str(tmp_path / "converted")],
         session.flags(model, data, tmp_path / "run", {"training.steps": 2}),
         ["eval", *base, "--data", str(data), "--adapter", str(tmp_path / "run")],
         ["generate", *base, "--prompt", "Hi", "--sampling.max_tokens", "2", "--adapter", str(tmp_path / "run")],
+        ["compare", *base, *tuned, "--data", str(data), "--metrics", "exact", "--sampling.max_tokens", "2"],
+        ["plan", *base, "--data", str(data), "--training.checkpoint_blocks", "inputs"],
+        ["tune", *base, "--data", str(data), "--out", str(tmp_path / "search"), *search],
+        ["data", "check", str(data), *base],
+        ["data", "convert", str(data), "--out", str(tmp_path / "rows.jsonl")],
+        ["report", str(tmp_path / "run")],
+        ["fuse", *base, *tuned, "--out", str(tmp_path / "fused")],
+        ["merge", str(tmp_path / "run"), str(tmp_path / "run=0.5"), "--out", str(tmp_path / "merged")],
+        ["export", *base, "--to", "hf", "--check", "true", "--out", str(tmp_path / "hf")],
+        ["export", *base, *tuned, "--to", "peft", "--check", "true", "--out", str(tmp_path / "peft")],
+        ["import", str(tmp_path / "peft"), *base, "--out", str(tmp_path / "back")],
+        ["upload", str(tmp_path / "run"), "--repo", "me/it", "--dry_run"],
+        ["doctor"],
     ]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     environment |= {"HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": f"{ROOT}:{ROOT / 'convert'}"}
