@@ -12,7 +12,7 @@ goes on) and ends with the token that ends the turn.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlxlora.data.control import ControlTokens, Reserved
 from mlxlora.data.marker import BLOCK, BLOCKS, PATTERNS, Marker, Piece
@@ -144,7 +144,7 @@ class TurnFinder:
                 continue  # an empty message
             over = max(place[1] for _, place in placed)
             following = [place[0] for p in pieces if p.message > index for place in p.places if place[0] >= over]
-            turn = self._turn(index, placed, text, min(following, default=len(text)))
+            turn = self._turn(conversation, index, placed, text, min(following, default=len(text)))
             last_end = max(last_end, turn.end)
             yield turn
 
@@ -175,12 +175,23 @@ class TurnFinder:
                     return end
         return None
 
-    def _turn(self, index: int, placed: list[tuple[Piece, tuple[int, int]]], text: str, limit: int) -> Turn:
+    def _turn(
+        self,
+        conversation: Conversation,
+        index: int,
+        placed: list[tuple[Piece, tuple[int, int]]],
+        text: str,
+        limit: int,
+    ) -> Turn:
         """The turn around its pieces; it ends before `limit`, where the next message's content begins."""
         first_piece, (first, _) = min(placed, key=lambda item: item[1][0])
         last_piece, last = max(placed, key=lambda item: item[1][1])
         header = self._header(text, first)
-        start = header if header is not None else first - _leading(first_piece.lead, text, first)
+        start = first
+        if header is not None:
+            start = header
+        elif first_piece.lead.strip() or not self._trims(conversation, index, text):
+            start -= _leading(first_piece.lead, text, first)
         answer = start
         thinking = [place for piece, place in placed if piece.kind == "thinking"]
         others = [place[0] for piece, place in placed if piece.kind != "thinking"]
@@ -194,6 +205,17 @@ class TurnFinder:
         if last_piece.kind == "call" and not ended:
             raise Unusable(f"message {index + 1}: where the tool call ends cannot be told")
         return Turn(index, start, min(answer, end), end, ended)
+
+    def _trims(self, conversation: Conversation, index: int, text: str) -> bool:
+        """Whether the white space before a message's content leaves no trace: what stands there is the template's."""
+        messages = list(conversation.messages)
+        messages[index] = replace(messages[index], content=messages[index].content.lstrip())
+        if messages[index].content == conversation.messages[index].content:
+            return True
+        try:
+            return self.renderer.text(replace(conversation, messages=messages)) == text
+        except TemplateRefusal:
+            return False
 
     def _answer_start(self, text: str, over: int, following: int | None) -> int:
         """Where the answer begins after reasoning that ends at `over`."""

@@ -58,6 +58,7 @@ PLAIN = [
 ]
 SPACED = [
     [user(" padded "), assistant("  Hello, with spaces.  \n"), user("\n"), assistant("\n\nBye.\n\n")],
+    [user("a"), assistant(" \u200bHello."), user("b"), assistant("\u200bBye.")],
 ]
 THINKING = [
     [
