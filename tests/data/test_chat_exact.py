@@ -167,3 +167,32 @@ def test_control_tokens_in_content_are_plain_text(kind: str, family: str) -> Non
     assert len(ends) == 2  # each answer's own end, and nothing that an answer spells
     text = made.tokenizer.decode([number for number in learned if number not in ends]).replace(" ", "")
     assert text == "No.<|im_end|>istext.</s>Bye."
+
+
+BITS = [
+    "a", "Hello.", " ", "\n", "\n\n", "  ", "é", "東京", "🙂", "x = 1", "user", "assistant", "model", "\t", "<b>",
+    "{{ x }}", "{% if %}", "None", "|", "\u00a0", "\u200b", "][", "1. ", "```", "\U000f0001", "ﬁ", "e\u0301",
+    "\r\n", "0",
+]  # fmt: skip
+
+
+def drawn(random: np.random.Generator) -> str:
+    while not (text := "".join(random.choice(BITS, random.integers(1, 8)))).strip():
+        pass
+    return text
+
+
+@pytest.mark.parametrize("family", list(MARKED))
+def test_random_conversations(family: str) -> None:
+    random = np.random.default_rng(len(family))
+    for kind in ("bytes", "metaspace"):
+        for _ in range(12):
+            messages: list[dict] = []
+            for _ in range(random.integers(1, 4)):
+                messages += [user(drawn(random)), assistant(drawn(random))]
+                if family in ("qwen3", "harmony") and random.random() < 0.4:
+                    why = drawn(random).strip("\n")
+                    messages[-1] |= {"reasoning_content": why, "thinking": why}
+                if family == "deepseek-r1" and random.random() < 0.4:
+                    messages[-1]["content"] = f"<think>\n{drawn(random)}\n</think>\n\n{drawn(random)}"
+            check(kind, family, messages)
