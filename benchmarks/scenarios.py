@@ -15,6 +15,7 @@ from mlxlora.data.sample import Sample
 
 # contestants, in the order of the table
 OURS = ("ours products", "ours inputs")
+RANK = 8  # of all adapters
 STEP, CHECKPOINT, SHIPPED, PEFT = "mlx-lm step", "mlx-lm grad_checkpoint", "mlx-lm trainer", "PyTorch + PEFT"
 
 
@@ -119,7 +120,7 @@ def network(scenario: Scenario, dtype: mx.Dtype = mx.float32) -> nn.Module:
     built.set_dtype(dtype)
     if scenario.bits:
         nn.quantize(built, group_size=64, bits=scenario.bits)
-    inject(built, AdapterConfig(rank=8, alpha=16, layers=scenario.last or "all"), seed=1)
+    inject(built, AdapterConfig(rank=RANK, alpha=2 * RANK, layers=scenario.last or "all"), seed=1)
     key = mx.random.key(3)
     for _, module in built.named_modules():
         if "lora_b" in module:

@@ -9,7 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from benchmarks.contestants import Arrays, padded
-from benchmarks.scenarios import Scenario, config, network, samples
+from benchmarks.scenarios import RANK, Scenario, config, network, samples
 
 
 class TorchPeft:
@@ -30,7 +30,7 @@ class TorchPeft:
         }
         model.load_state_dict(weights, strict=False)
         adapted = sorted({name.split(".")[-2] for name in ours if name.endswith("lora_a")})
-        peft: Any = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules=adapted))
+        peft: Any = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=adapted))
         state = {}
         for name, array in ours.items():
             for short, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
