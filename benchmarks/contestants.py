@@ -24,7 +24,7 @@ from mlxlora.engine.config import CheckpointBlocks
 from mlxlora.objectives import sft
 
 Arrays = dict[str, npt.NDArray[np.float32]]
-BATCH = 4  # samples of an optimizer step where trainers run
+BATCH, TOKENS = 4, 1536  # of an optimizer step where trainers run: samples for theirs, tokens for ours
 ROW = 32  # mlx-lm pads rows to multiples of this; all contestants of a step get the same rows
 
 
@@ -108,7 +108,7 @@ class OurRun:
         self._engine = Engine(self._network, EngineConfig(checkpoint_blocks=grade))
         self._samples = samples(scenario)
         lengths = np.array([len(sample.tokens) for sample in self._samples], np.int32)
-        self._plan = plan_epoch(lengths, BatchConfig(batch_size=BATCH), seed=0, epoch=0)
+        self._plan = plan_epoch(lengths, BatchConfig(tokens_per_batch=TOKENS), seed=0, epoch=0)
         self._optimizer = Optimizer(OptimizerConfig(), steps=100)
         self._optimizer.init(dict(tree_flatten(self._network.trainable_parameters())))
 

@@ -66,13 +66,15 @@ def _chosen_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, 
 def chunk_length(positions: int, vocabulary: int, wanted: int = 0, linear: bool = False) -> int:
     """Positions whose logits exist at a time.
 
-    Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions, many enough for a full
-    product. A `linear` head needs two such arrays, another one four or five.
+    Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions where the vocabulary is large,
+    many enough for a full product. A `linear` head needs two such arrays, another one four or five.
     """
     if wanted:
         return min(wanted, positions)
-    room = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
-    return max(1, min(positions, room, max(24, -(-positions // (5 if linear else 9)))))
+    arrays = 2 if linear else 4
+    most = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
+    cheap = LOGITS_AT_A_TIME // arrays // vocabulary // 16 * 16
+    return max(1, min(positions, most, max(24, cheap, -(-positions // (5 if linear else 9)))))
 
 
 def token_log_probs(

@@ -47,9 +47,9 @@ def test_against_full_logits(chunk: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize("vocabulary", [20_000, 151_936, 262_144])
+@pytest.mark.parametrize("vocabulary", [151_936, 262_144])
 def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int, linear: bool) -> None:
-    positions = 256 if vocabulary < 100_000 else 224
+    positions = 224
     weight, hidden = mx.random.normal((vocabulary, 8)), mx.random.normal((positions, 8))
     targets = mx.random.randint(0, vocabulary, (positions,))
     mx.eval(weight, hidden, targets)
