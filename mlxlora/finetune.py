@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.nn as nn
 import yaml
 
 from mlxlora import architecture, hub
@@ -15,7 +18,7 @@ from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.data.feed import Feed
 from mlxlora.data.load import Rows, places_of
-from mlxlora.engine import Engine, EngineConfig
+from mlxlora.engine import EngineConfig
 from mlxlora.files import plain
 from mlxlora.generate import SamplingConfig, complete
 from mlxlora.memory import limit_of, limited
@@ -27,11 +30,12 @@ from mlxlora.prompts import sample_prompt
 from mlxlora.reporting import trackers
 from mlxlora.reporting.watch import FinetuneResult, Watch, describe, left_out
 from mlxlora.training.checkpoint import TrainingState
+from mlxlora.training.choice import Prepared, described, prepare, refusal, shapes
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event
-from mlxlora.training.forecast import largest, settle
+from mlxlora.training.forecast import outlook
 from mlxlora.training.identity import check_accepted, identify
-from mlxlora.training.loop import Trainer, count_steps
+from mlxlora.training.loop import Trainer, count_steps, count_validations
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 from mlxlora.training.pace import Host, Pace
 from mlxlora.training.run import RunDirectory
@@ -120,32 +124,38 @@ def session(
     limit: int,
 ) -> Iterator[Event]:
     """One session of a run on a loaded model: inject, train, and leave the model as it was."""
-    training: TrainingConfig = settings["training"]
-    samples: SamplesConfig = settings["samples"]
-    inject(model.network, settings["adapter"], seed=training.seed)
-    engine: Engine | None = None
+    network, samples = model.network, settings["samples"]
+    training: TrainingConfig = replace(settings["training"], **run.chosen)
+    inject(network, settings["adapter"], seed=training.seed)
+    ready: Prepared | None = None
     try:
-        batching = training.batching(samples)
-        batches = Feed(splits.train, batching, training.seed)
-        held_out = Feed(splits.valid, batching, 0, shuffle=False) if splits.valid is not None else None
-        optimizer = Optimizer(settings["optimizer"], count_steps(batches, training))
-        blocks, peak = settle(
-            model.network, optimizer, sft, largest(splits.train, batching, seed=training.seed), training.blocks, limit,
-            vocabulary=model.vocabulary, accumulate=training.accumulate,
-        )  # fmt: skip
         # what frozen lower blocks make of a text is kept (on disk) where it will be needed again
         again = training.epochs is None or training.epochs > 1
-        engine = Engine(
-            model.network,
-            EngineConfig(
-                checkpoint_blocks=blocks, wait=settings["gentle"], frozen_cache=8.0 if again else 0.0,
-                frozen_cache_dir=str(run.path),
-            ),
+        config = EngineConfig(
+            wait=settings["gentle"], frozen_cache=8.0 if again else 0.0, frozen_cache_dir=str(run.path)
+        )
+        ready = prepare(
+            network, config, settings["optimizer"], sft, training, partial(shapes, splits, samples),
+            vocabulary=model.vocabulary, limit=limit,
+        )  # fmt: skip
+        engine, optimizer, choice = ready.engine, ready.optimizer, ready.choice
+        if choice.training is None:
+            raise refusal(ready.forecaster, choice, training, limit)
+        training = choice.training
+        batches, held_out = feeds(splits, samples, training)
+        optimizer.steps = count_steps(batches, training)
+        expected = outlook(
+            batches, held_out, choice.forecast, optimizer.steps,
+            count_validations(batches, training, optimizer.steps),
         )  # fmt: skip
         state = run.latest()
-        run.require_space(starting_state(model, optimizer), keep=training.keep)
+        run.require_space(starting_state(network, optimizer), keep=training.keep)
+        run.chosen = choice.kept(settings["training"])
         run.write_config(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
-        watch.notices += [*architecture.silently_wrong(model.config), *left_out(splits), *engine.notes, *run.notices]
+        watch.notices += [
+            *architecture.silently_wrong(model.config), *left_out(splits), *engine.notes, *run.notices,
+            *choice.notices(settings["training"], limit),
+        ]  # fmt: skip
 
         def write(path: Path) -> None:
             name = Path(settings["model"]).name
@@ -153,21 +163,27 @@ def session(
 
         yield describe(splits)
         yield from Trainer(
-            network=model.network, engine=engine, objective=sft, batches=batches, optimizer=optimizer, config=training,
+            network=network, engine=engine, objective=sft, batches=batches, optimizer=optimizer, config=training,
             validation=held_out, store=run, adapter_writer=write, state=state, control=control or Control(), pace=pace,
-            sampler=lambda: answers(model, held_out), predicted_peak=peak, memory_limit=limit,
+            sampler=lambda: answers(model, held_out), predicted_peak=choice.forecast.peak, memory_limit=limit,
+            predicted_seconds=expected.seconds, chosen=described(choice.forecast),
         )  # fmt: skip
     finally:
-        if engine is not None:
-            engine.close()
-        remove(model.network)
+        if ready is not None:
+            ready.engine.close()
+        remove(network)
 
 
-def starting_state(model: LanguageModel, optimizer: Optimizer) -> TrainingState:
+def feeds(splits: DataSplits, samples: SamplesConfig, training: TrainingConfig) -> tuple[Feed, Feed | None]:
+    """The batches to learn from, and those to validate on."""
+    batching = training.batching(samples)
+    held_out = None if splits.valid is None else Feed(splits.valid, batching, 0, shuffle=False)
+    return Feed(splits.train, batching, training.seed), held_out
+
+
+def starting_state(network: nn.Module, optimizer: Optimizer) -> TrainingState:
     """What a checkpoint will hold, for its size."""
-    parameters = flat(model.network.trainable_parameters())
-    optimizer.init(parameters)
-    return TrainingState(0, 0, 0, parameters, optimizer.flat_state())
+    return TrainingState(0, 0, 0, flat(network.trainable_parameters()), optimizer.flat_state())
 
 
 def answers(

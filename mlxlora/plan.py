@@ -3,38 +3,45 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 from mlxlora import hub
 from mlxlora.adapters import AdapterConfig, inject, remove
 from mlxlora.data import SamplesConfig
 from mlxlora.data import load as load_data
-from mlxlora.data.feed import Feed
 from mlxlora.engine import EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.files import human_bytes
-from mlxlora.memory import limit_of
+from mlxlora.finetune import feeds
+from mlxlora.memory import SAFE_SHARE, limit_of
 from mlxlora.model import load
 from mlxlora.objectives.sft import sft
-from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.reporting.clock import clock
+from mlxlora.training.choice import GRADES, Prepared, advice, prepare, shapes
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.forecast import GRADES, Forecast, advice, forecast, largest
-from mlxlora.training.loop import count_steps
-from mlxlora.training.optimizer import Optimizer, OptimizerConfig
+from mlxlora.training.forecast import Forecast, Forecaster, Shape, outlook
+from mlxlora.training.loop import count_steps, count_validations
+from mlxlora.training.optimizer import OptimizerConfig
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+LONG = 4096  # tokens of a row: in longer ones nothing is cut up otherwise, so memory goes on in a line
+PATIENCE = 20.0  # seconds of a step beyond which longer rows are told from shorter ones
+MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Macs come with
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will need.
 
-    limit:     bytes that it may take
-    chosen:    the fastest way of checkpointing that fits, or None where none does
-    forecasts: one for each way
-    table:     by context length: the peak under each way, one row of that length a batch
+    limit:    bytes that it may take
+    chosen:   the settings of the fastest way that fits, or None where none does
+    why:      why that one; what would fit, where none does
+    tried:    the forecasts, in the order in which they were looked at
+    samples:  how many there are to learn from
+    table:    by context length: the peak under each way of checkpointing, one row of that length a batch
     """
 
     model: str
@@ -43,47 +50,57 @@ class Plan:
     limit: int
     rows: int
     length: int
+    samples: int
     steps: int
     tokens: int
-    forecasts: list[Forecast]
-    chosen: str | None
+    tried: list[Forecast]
+    chosen: dict[str, Any] | None
+    why: str
     seconds: float | None
     """None for another machine"""
     tokens_per_second: float | None
     most_tokens: int
-    """about how many tokens a batch may have under the smallest way"""
+    """about how many tokens a row may have under the smallest way"""
     table: dict[int, dict[str, int]]
 
     def __str__(self) -> str:
         lines = [f"{self.model} on {self.machine}: at most {human_bytes(self.limit)}"]
         lines.append(f"largest batch: {self.rows} × {self.length:,} = {self.rows * self.length:,} tokens")
-        lines.append(
-            f"  {'checkpoint_blocks':<20}{'weights':>10}{'adapter':>10}{'moments':>10}{'step':>10}{'peak':>10}"
-        )
-        for found in self.forecasts:
-            sizes = (found.weights, found.adapter, found.moments, max(found.step, found.update), found.peak)
-            verdict = "fits" if found.peak <= self.limit else "does not fit"
+        heads = ("weights", "adapter", "moments", "step", "peak")
+        lines.append(f"  {'keeps':<10}{'batch':<14}{'loss chunk':<12}" + "".join(f"{head:>10}" for head in heads))
+        for found in self.tried:
+            sizes = (found.weights, found.adapter, found.moments, found.peak - found.resident, found.peak)
+            batch = f"{found.shape.rows} × {found.shape.length:,}"
             cells = "".join(f"{human_bytes(size):>10}" for size in sizes)
-            lines.append(f"  {found.checkpoint_blocks:<20}{cells}  {verdict}")
-        lines.append("longer rows, one a batch (by proportion):")
-        names = [found.checkpoint_blocks for found in self.forecasts]
-        lines.append(f"  {'context':<12}" + "".join(f"{name:>22}" for name in names))
-        for context, peaks in self.table.items():
-            row = [f"{human_bytes(peaks[name])} {'fits' if peaks[name] <= self.limit else 'no'}" for name in names]
-            lines.append(f"  {context:<12,}" + "".join(f"{cell:>22}" for cell in row))
+            verdict = "fits" if found.peak <= self.limit else "does not fit"
+            lines.append(
+                f"  {found.checkpoint_blocks:<10}{batch:<14}{found.loss_chunk or 'usual':<12}{cells}  {verdict}"
+            )
         if self.chosen is None:
-            lines.append(f"It does not fit. {advice(self.forecasts[-1], self.limit)}")
+            lines.append(f"It does not fit. {self.why}")
         else:
-            why = "the fastest that fits" if self.chosen == names[0] else f"{names[0]} does not fit"
-            lines.append(f"chosen: --training.checkpoint_blocks {self.chosen} ({why})")
+            flags = " ".join(f"--training.{name} {value}" for name, value in self.chosen.items())
+            lines.append(f"chosen: {flags} ({self.why})")
         if self.seconds is not None and self.tokens_per_second is not None:
             lines.append(
                 f"{self.steps:,} steps over {self.tokens:,} tokens: about {clock(self.seconds)} "
                 f"at {self.tokens_per_second:,.0f} tokens a second"
             )
+        lines += self.contexts()
         if self.chosen is not None:
             lines += ["", f"next: mlxlora train --model {self.model} --data {' '.join(self.data)} --out RUN"]
         return "\n".join(lines)
+
+    def contexts(self) -> list[str]:
+        """The table of what longer rows would need, as lines."""
+        names = list(next(iter(self.table.values())))
+        lines = ["", "what rows of other lengths need, one a batch:"]
+        lines.append(f"  {'context':<10}" + "".join(f"{name:>22}" for name in names) + "  fits a Mac of")
+        for context, peaks in self.table.items():
+            cells = (f"{human_bytes(peaks[name])} {'fits' if peaks[name] <= self.limit else 'no'}" for name in names)
+            mac = next((f"{memory} GB" for memory in MACS if min(peaks.values()) <= mac_limit(memory)), "no Mac")
+            lines.append(f"  {context:<10,}" + "".join(f"{cell:>22}" for cell in cells) + f"  {mac}")
+        return lines
 
 
 def plan(
@@ -110,61 +127,70 @@ def plan(
         revision: branch, tag or commit on the hub
         trust_remote_code: allow the model to run Python code of its own
     """
-    machine, limit = ("this machine", limit_of(memory_limit)) if for_ is None else other_machine(for_)
+    here = limit_of(memory_limit)
+    machine, limit = ("this machine", here) if for_ is None else other_machine(for_)
     loaded = load(hub.find(model, revision=revision), trust_remote_code=trust_remote_code)
     splits = load_data(data, loaded.tokenizer, samples, seed=training.seed, on_progress=on_progress)
-    batching = training.batching(samples)
-    feed = Feed(splits.train, batching, training.seed)
-    steps = count_steps(feed, training)
-    shape = largest(splits.train, batching, seed=training.seed)
+    if on_progress:
+        on_progress("small steps", 0, 0)
     inject(loaded.network, adapter, seed=training.seed)
+    ready: Prepared | None = None
     try:
-        chosen_optimizer = Optimizer(optimizer, steps)
-        chosen_optimizer.init(flat(loaded.network.trainable_parameters()))
-        found = []
-        grades = GRADES if training.blocks == "auto" else (training.blocks,)
-        for number, grade in enumerate(grades):
-            if on_progress:
-                on_progress("probing", number, len(grades))
-            found.append(
-                forecast(
-                    loaded.network,
-                    EngineConfig(checkpoint_blocks=grade),
-                    chosen_optimizer,
-                    sft,
-                    shape,
-                    vocabulary=loaded.vocabulary,
-                    accumulate=training.accumulate,
-                )
-            )
-        if on_progress:
-            on_progress("probing", len(grades), len(grades))
+        ready = prepare(
+            loaded.network, EngineConfig(), optimizer, sft, training, partial(shapes, splits, samples),
+            vocabulary=loaded.vocabulary, limit=limit, room=here,
+        )  # fmt: skip
+        choice, forecaster = ready.choice, ready.forecaster
+        fits = choice.training is not None
+        told = choice.forecast if fits else choice.tried[0]
+        batches, held_out = feeds(splits, samples, choice.training or training)
+        steps = count_steps(batches, choice.training or training)
+        validations = count_validations(batches, choice.training or training, steps)
+        expected = outlook(batches, held_out, told, steps, validations)
+        smallest = advice(forecaster, choice.forecast, training, limit) if not fits else ""
+        table = contexts(forecaster, training, told.shape)
+        most = forecaster.most_tokens(told.shape, limit)
     finally:
+        if ready is not None:
+            ready.engine.close()
         remove(loaded.network)
-    fitting = next((one for one in found if one.peak <= limit), None)
-    epoch = feed.plan(0)
-    per_epoch = sum(int(splits.train.lengths[list(batch.samples)].sum()) for batch in epoch)
-    batches = len(epoch)
-    tokens = round(per_epoch * steps * training.accumulate / max(batches, 1))
-    speed = None if fitting is None else shape.tokens * training.accumulate / fitting.seconds
-    padded = per_epoch and epoch.tokens / per_epoch
-    seconds = None if speed is None or for_ is not None else tokens * padded / speed
+    timed = fits and for_ is None
     return Plan(
         model=model,
         data=list(data),
         machine=machine,
         limit=limit,
-        rows=shape.rows,
-        length=shape.length,
+        rows=told.shape.rows,
+        length=told.shape.length,
+        samples=len(splits.train),
         steps=steps,
-        tokens=tokens,
-        forecasts=found,
-        chosen=None if fitting is None else fitting.checkpoint_blocks,
-        seconds=seconds,
-        tokens_per_second=None if seconds is None or speed is None else speed / padded,
-        most_tokens=found[-1].most_tokens(limit),
-        table={context: {one.checkpoint_blocks: one.at(context) for one in found} for context in CONTEXTS},
+        tokens=expected.tokens,
+        tried=choice.tried,
+        chosen=choice.flags() if fits else None,
+        why=choice.why() if fits else smallest,
+        seconds=expected.seconds if timed else None,
+        tokens_per_second=expected.tokens_per_second if timed else None,
+        most_tokens=most,
+        table=table,
     )
+
+
+def contexts(forecaster: Forecaster, training: TrainingConfig, shape: Shape) -> dict[int, dict[str, int]]:
+    """The peak by context length and way of checkpointing, one row a batch. Leaves the engine set to the smallest."""
+    table: dict[int, dict[str, int]] = {length: {} for length in CONTEXTS}
+    for grade in GRADES if training.blocks == "auto" else (training.blocks,):
+        forecaster.engine.use(grade, training.loss_chunk or 0)
+        known: list[Forecast] = []
+        for length in CONTEXTS:
+            longer = len(known) >= 2 and known[-1].seconds * length / known[-1].shape.length > PATIENCE
+            if longer or (known and known[-1].shape.length >= LONG):
+                a, b = known[-2:]
+                slope = (b.peak - a.peak) / (b.shape.length - a.shape.length)
+                table[length][grade] = b.peak + round(slope * (length - b.shape.length))
+                continue
+            known.append(forecaster.forecast(replace(shape, rows=1, length=length, documents=1)))
+            table[length][grade] = known[-1].peak
+    return table
 
 
 def other_machine(text: str) -> tuple[str, int]:
@@ -172,5 +198,9 @@ def other_machine(text: str) -> tuple[str, int]:
     found = re.search(r"(\d+)\s*gi?b\b", text, re.IGNORECASE)
     if not found or not 4 <= int(found[1]) <= 1024:
         raise ConfigError(f"--for is '{text}'. Say the chip and its memory, such as \"M2 16GB\".")
-    memory = int(found[1]) * 2**30
-    return text, int(0.9 * memory * (2 / 3 if memory <= 36 * 2**30 else 3 / 4))
+    return text, mac_limit(int(found[1]))
+
+
+def mac_limit(memory: int) -> int:
+    """Bytes that a run may take on a Mac with so many GB: a safe share of what macOS lends the GPU."""
+    return int(SAFE_SHARE * memory * 2**30 * (2 / 3 if memory <= 36 else 3 / 4))

@@ -111,7 +111,7 @@ class TuneResult:
     range_test:       (learning rate, loss) of each of its steps
     trials:           every trial, the best first
     most_tokens:      about how many tokens, padding included, a batch may have in the memory limit
-    batch_size:       rows of the longest sample's length in such a batch
+    batch_size:       samples of the greatest length in such a batch; never more than there are
     reason:           done, or stopped: the same command goes on
     """
 
@@ -138,9 +138,7 @@ class TuneResult:
         if self.suggested is not None:
             lines.append(f"range test: {self.suggested:.1e} suggested")
         lines += [f"note: {text}" for text in self.notices]
-        lines.append(
-            f"memory: batches of up to about {self.most_tokens:,} tokens fit (--training.batch_size {self.batch_size})"
-        )
+        lines.append(f"memory: batches of up to {self.batch_size:,} samples of the greatest length fit")
         lines.append(f"best: {self.flags}")
         lines.append(f"picture: {self.picture}")
         lines += ["", f"next: mlxlora train --config {shlex.quote(str(self.out / 'best.yaml'))} --out RUN"]
@@ -206,7 +204,7 @@ def tune(
         trials=trials,
         flags=searching.flags(best),
         most_tokens=needs.most_tokens,
-        batch_size=needs.most_tokens // needs.length,
+        batch_size=min(needs.most_tokens // needs.length, needs.samples),
         picture=picture,
         notices=notices,
     )

@@ -93,6 +93,15 @@ def injected(network: nn.Module) -> Injection | None:
     return vars(network).get("_injection")
 
 
+def kept_aside(network: nn.Module) -> int:
+    """Bytes of weights that full fine-tuning keeps to put back, and that so far are the very arrays that train."""
+    injection = injected(network)
+    opened = injection.opened if injection else ()
+    return sum(
+        array.nbytes for one in opened for name, array in one.originals.items() if dict.get(one.module, name) is array
+    )
+
+
 def remove(network: nn.Module) -> None:
     """Take all adapters out: the same modules with the same arrays stand in their places, trainable as before."""
     injection = injected(network)

@@ -71,16 +71,24 @@ class EpochPlan(Sequence[Planned]):
         return Planned(tuple(rows), int(self._lengths[position]))
 
     @property
+    def rows(self) -> LongArray:
+        """Rows of each batch."""
+        return np.diff(np.concatenate([np.zeros(1, np.int64), self._batch_ends]))
+
+    @property
+    def sizes(self) -> LongArray:
+        """Tokens of each batch, padding included."""
+        return self.rows * self._lengths
+
+    @property
     def tokens(self) -> int:
         """Tokens of all batches, padding included."""
-        rows = np.diff(np.concatenate([np.zeros(1, np.int64), self._batch_ends]))
-        return int((rows * self._lengths).sum())
+        return int(self.sizes.sum())
 
     @property
     def shapes(self) -> set[tuple[int, int]]:
         """The distinct (B, T) of the epoch."""
-        rows = np.diff(np.concatenate([np.zeros(1, np.int64), self._batch_ends]))
-        return {(int(b), int(t)) for b, t in zip(rows, self._lengths, strict=True)}
+        return {(int(b), int(t)) for b, t in zip(self.rows, self._lengths, strict=True)}
 
 
 def plan_epoch(

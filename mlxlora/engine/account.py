@@ -37,41 +37,56 @@ class Taken:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What a whole step takes: bytes at its peak beside what lies there already, and seconds; and what of the bytes
-    the loss takes at its own peak, where that is the peak of all."""
+    """What a whole step takes.
+
+    peak:    bytes beside what lies there already
+    few:     the same for the step over a few blocks
+    by_loss: what of the peak is the loss alone, where the loss is where the peak is; else 0
+    seconds: how long a step takes
+    """
 
     peak: int
-    seconds: float
+    few: int
     by_loss: int
+    seconds: float
 
 
 def account(
-    chain: Chain, grade: Grade, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None
+    chain: Chain,
+    grade: Grade,
+    objective: Objective,
+    batch: Batch,
+    layout: Layout,
+    key: mx.array | None,
+    gradients: bool = True,
 ) -> Account:
-    """The account of a step of `chain` for such a batch. The network stays as it is."""
+    """The account of a step of `chain` for such a batch, or without `gradients` of an evaluation."""
     kinds = _kinds(chain, batch, layout, key)
     few = _few(kinds)
 
-    def step() -> None:
-        outcome, grads = chain.run(objective, batch, layout, key, True, grade)
-        mx.eval(outcome, grads)
+    def step() -> Any:
+        return chain.run(objective, batch, layout, key, gradients, grade)
 
     with _only(chain, few):
         compiling = _measured(step)
-        taken = _observed(chain, lambda: chain.run(objective, batch, layout, key, True, grade))
+        taken = _observed(chain, step)
         real = _measured(step)
-    lowest = chain.lowest
-    small = [taken[part] for part in _parts(few, lowest)]
-    whole = [taken[_stands_for(part, few, kinds)] for part in _parts(range(len(kinds)), lowest)]
-    lag = max(compiling.over, real.over) - peak(small)
-    slower = real.seconds / max(sum(part.seconds for part in small), 1e-9)
+
+    def order(blocks: Sequence[int]) -> list[Taken]:
+        parts = _parts(blocks, chain.lowest) if gradients else [*(("forward", index) for index in blocks), FINISH]
+        return [taken[_stands_for(part, few, kinds)] for part in parts]
+
+    small, whole = order(few), order(range(len(kinds)))
+    most = max(compiling.over, real.over)
     top = peak(whole)
-    loss = taken[FINISH]
     level = sum(part.left for part in whole[: len(kinds)])
+    loss = taken[FINISH].over
+    slower = real.seconds / max(sum(part.seconds for part in small), 1e-9)
     return Account(
-        peak=top + max(lag, 0),
+        peak=top + max(most - peak(small), 0),
+        few=most,
+        by_loss=loss if level + loss >= top else 0,
         seconds=slower * sum(part.seconds for part in whole),
-        by_loss=loss.over if level + loss.over >= top else 0,
     )
 
 
@@ -114,11 +129,11 @@ def _parts(blocks: Sequence[int], lowest: int) -> Iterator[Part]:
     yield END
 
 
-def _measured(work: Callable[[], None]) -> Taken:
+def _measured(work: Callable[[], Any]) -> Taken:
     mx.synchronize()
     mx.reset_peak_memory()
     before, begun = mx.get_active_memory(), time.perf_counter()
-    work()
+    mx.eval(work())
     mx.synchronize()
     return Taken(mx.get_peak_memory() - before, mx.get_active_memory() - before, time.perf_counter() - begun)
 

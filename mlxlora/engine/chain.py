@@ -43,10 +43,10 @@ class Chain:
     """Value and gradient of a step, block by block."""
 
     def __init__(self, anatomy: Anatomy, steering: Steering, loss_chunk: int, compiled: bool) -> None:
-        self._anatomy, self._steering, self._loss_chunk = anatomy, steering, loss_chunk
+        self._anatomy, self._steering = anatomy, steering
         self.blocks = [Block(module) for module in anatomy.blocks]
         self.outside = Slots(anatomy.network, without=anatomy.blocks)
-        self._head = HeadView(anatomy, self.outside, loss_chunk)
+        self.head = HeadView(anatomy, self.outside, loss_chunk)
         self.functions = BlockFunctions(steering, compiled)
         self._traces = Traces(compiled)
         self._calls: dict[Any, list[tuple[Call, list[int]]]] = {}
@@ -100,7 +100,7 @@ class Chain:
             found = self.run(likelihood, batch, layout, None, True, grade)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
             raise NotAChain(f"its blocks cannot be called one by one ({failure})") from failure
-        general = General(self._anatomy, self._steering, self._loss_chunk, recompute=False, compiled=False)
+        general = General(self._anatomy, self._steering, self.head.chunk, recompute=False, compiled=False)
         error = disagreement(found, general.run(likelihood, batch, layout, None, True))
         if not error <= tolerance(self._anatomy.dtype):
             raise NotAChain(f"block by block, its gradients differ by {error:.1e}")
@@ -192,7 +192,7 @@ class Chain:
         """The objective from the last block's output: outcome, gradient of that output, gradients of what learns
         outside."""
         form = BatchForm(batch)
-        kind = ("finish", objective, form.key, layout.kind, key is None, gradients)
+        kind = ("finish", objective, form.key, layout.kind, key is None, gradients, self.head.chunk)
         function = self._traces.of(kind, self._finish(objective, form, layout, gradients))
         out = function(self.outside.get(), form.arrays(batch), last, *_given(layout, key))
         return (out[0], None, []) if not gradients else (out[0], out[1], out[2])
@@ -213,7 +213,7 @@ class Chain:
                 with self.outside.holding(arrays), self.outside.holding(learned, trainable):
                     states = self._tail(batch.tokens, last)
                     rows = states.reshape(-1, states.shape[-1])[batch.loss_positions]
-                    scores = self._head.scores(rows, gradients, key[0] if key else None)
+                    scores = self.head.scores(rows, gradients, key[0] if key else None)
                     sum_, count, metrics = objective(scores, batch)
                 return sum_, (count, metrics)
 

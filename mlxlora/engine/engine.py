@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ from mlxlora.engine.account import Account, account
 from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
 from mlxlora.engine.blocks import Grade
 from mlxlora.engine.chain import Chain, NotAChain
-from mlxlora.engine.config import EngineConfig
+from mlxlora.engine.config import CheckpointBlocks, EngineConfig
 from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of
 from mlxlora.engine.packing import end_to_end, packing_refusal
@@ -115,11 +116,25 @@ class Engine:
         chain.keep_frozen(config.frozen_cache * 1e9, config.frozen_cache_dir, self._linear, config.attention_chunk)
         return chain
 
-    def account(self, objective: Objective, batch: Batch, key: mx.array | None = None) -> Account | None:
-        """What `value_and_grad` takes for such a batch, from a step over a few blocks; None where it is one graph."""
+    def account(
+        self, objective: Objective, batch: Batch, key: mx.array | None = None, *, gradients: bool = True
+    ) -> Account | None:
+        """What `value_and_grad` (without `gradients`: `evaluate`) takes for such a batch, from steps over a few blocks.
+
+        None where a step is one graph.
+        """
         if self._chain is None:
             return None
-        return account(self._chain, self._grade(), objective, batch, self._layout(batch), key)
+        return account(self._chain, self._grade(), objective, batch, self._layout(batch), key, gradients)
+
+    def use(self, checkpoint_blocks: CheckpointBlocks, loss_chunk: int) -> None:
+        """Keep this much of each block from now on, and make the logits of so many tokens at a time (0: by shape)."""
+        self.config = replace(self.config, checkpoint_blocks=checkpoint_blocks, loss_chunk=loss_chunk)
+        if self._chain is not None:
+            self._chain.head.chunk = loss_chunk
+        if self._general is not None:
+            self._general.close()
+            self._general = None
 
     def close(self) -> None:
         """Let go of the network and of all that was compiled for it."""

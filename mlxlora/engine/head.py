@@ -47,8 +47,9 @@ class HeadView:
     """The head of a model as a function of hidden states and of the arrays in it that learn."""
 
     def __init__(self, anatomy: Anatomy, slots: Slots, chunk: int) -> None:
-        """`slots` are those of the whole network or of what lies outside of the blocks."""
-        self._anatomy, self._slots, self._vocabulary, self._chunk = anatomy, slots, anatomy.vocabulary, chunk
+        """`slots` are those of the whole network or of what lies outside of the blocks; `chunk` tokens have logits at a
+        time (0: as many as suit the vocabulary)."""
+        self._anatomy, self._slots, self._vocabulary, self.chunk = anatomy, slots, anatomy.vocabulary, chunk
         self._indices = self._used()
         inside = {id(module) for block in anatomy.blocks for _, module in block.named_modules()}
         outside = [module for _, module in anatomy.network.named_modules() if id(module) not in inside]
@@ -79,7 +80,7 @@ class HeadView:
     def scores(self, rows: mx.array, gradients: bool, key: mx.array | None) -> HiddenScores:
         """Scores for the hidden states `rows` [P, hidden], with the arrays that stand in the slots now."""
         if self._anatomy.backbone is None:  # `rows` are logits
-            return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self._chunk, gradients, False)
+            return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self.chunk, gradients, False)
         arrays = self._slots.get()
         unpacked = [_dense(module) for module in self._slow]
 
@@ -92,7 +93,7 @@ class HeadView:
                     return self._anatomy.logits(rows[None])[0]
 
         learned = [arrays[index] for index in self._indices]
-        return HiddenScores(rows, head, learned, self._vocabulary, self._chunk, gradients, self._linear)
+        return HiddenScores(rows, head, learned, self._vocabulary, self.chunk, gradients, self._linear)
 
 
 def _is_slow(module: nn.Module) -> bool:

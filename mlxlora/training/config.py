@@ -9,6 +9,8 @@ from typing import Literal
 from mlxlora.data.config import BatchConfig, SamplesConfig
 from mlxlora.errors import ConfigError
 
+ROWS = 4  # samples of a micro-batch where nothing is said
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -19,14 +21,17 @@ class TrainingConfig:
     steps: int | None = None
     """updates of the optimizer, instead of epochs"""
     batch_size: int | None = None
-    """samples a micro-batch; default 4 unless tokens_per_batch is given"""
+    """samples a micro-batch; default 4 unless tokens_per_batch is given (where 4 do not fit, fewer, and as many more
+    micro-batches a step)"""
     tokens_per_batch: int | None = None
     """tokens a micro-batch, padding included, instead of batch_size"""
     accumulate: int = 1
     """micro-batches a step; gradients are weighted by trained tokens, so this equals one batch of all of them"""
     checkpoint_blocks: bool | Literal["auto", "none", "products", "inputs"] = "auto"
     """gradient checkpointing: none (= false) keeps everything, products keeps matrix products, inputs (= true) keeps
-    only the input of each block"""
+    only the input of each block; auto keeps products where they fit"""
+    loss_chunk: int | None = None
+    """tokens whose logits exist at a time; default as many as suit vocabulary and memory"""
     validate_every: int | None = None
     """steps between validations; default once an epoch"""
     save_every: int | None = None
@@ -61,6 +66,7 @@ class TrainingConfig:
             "steps",
             "batch_size",
             "tokens_per_batch",
+            "loss_chunk",
             "validate_every",
             "save_every",
             "sample_every",
@@ -84,7 +90,7 @@ class TrainingConfig:
     def batching(self, samples: SamplesConfig) -> BatchConfig:
         """How samples become batches under these settings."""
         return BatchConfig(
-            batch_size=self.batch_size or 4,
+            batch_size=self.batch_size or ROWS,
             tokens_per_batch=self.tokens_per_batch,
             packing=samples.packing,
             max_length=samples.max_length,

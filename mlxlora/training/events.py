@@ -52,6 +52,10 @@ class Started:
     """bytes that the run will need at most, by forecast; 0 where none was made"""
     memory_limit: int
     """bytes that it may take; 0 where there is no limit"""
+    predicted_seconds: float = 0.0
+    """how long the run will take from its first step, by forecast; 0 where none was made"""
+    chosen: str = ""
+    """what of batches and checkpointing was chosen, in words"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,24 +1,21 @@
-"""Will it fit, and how long will it take: an account of the step's memory, calibrated by two small real steps.
+"""Will it fit, and how long will it take: an account of the step, calibrated by short real ones.
 
-    peak = resident + max(step, update)
-    resident   weights, adapter, moments: what lies there between two steps; counted
-    step       activations, loss, gradients: fixed + per_block × blocks; a line through two steps on batches of the true
-               shape with only a few blocks of the model in place
-    update     what the optimizer needs beside that; measured
+    peak = resident + max(step, update, validation)
+    resident    weights, adapter, moments: what lies there between two steps; counted
+    step        activations, loss, gradients: the engine's own account of its parts, block by block (engine/account.py)
+    update      gradients and what the optimizer makes of them: measured on a part of the arrays, by proportion
+    validation  the forward pass of the longest validation batch, by the engine's account
 
-The step is computed block by block, so its memory and its time are lines in the number of blocks, whatever the length
-of the rows does inside a block. A model that cannot run with fewer blocks is probed whole.
-
-L  blocks of the model          n  tokens of a batch, padding included
+A model whose step is one graph has no parts: its step is a line through two steps with a few of its blocks in place,
+or, where it cannot run without all of its blocks, a step of the whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -26,54 +23,69 @@ import mlx.nn as nn
 import numpy as np
 
 from mlxlora.adapters import block_paths
-from mlxlora.adapters.inject import get_module
+from mlxlora.adapters.inject import get_module, kept_aside
 from mlxlora.data import Batch, BatchConfig, plan_epoch
+from mlxlora.data.batches import EpochPlan, position_count
 from mlxlora.data.dataset import Dataset
+from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine, EngineConfig
+from mlxlora.engine.account import Account
 from mlxlora.engine.config import CheckpointBlocks
-from mlxlora.errors import UnsupportedError
-from mlxlora.files import human_bytes
 from mlxlora.parameters import Flat, bytes_of, flat
-from mlxlora.training.optimizer import Optimizer
+from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 
-FEW, MORE = 2, 4  # blocks in place in the two probes
-WORKSPACE = 256_000_000  # bytes; more than the chunks of attention and loss take beside what grows with the batch
-LOSS_ARRAYS, LOSS_TOKENS = 6, 256  # at most so many arrays of logits, for so many tokens, exist at a time
-GRADES: tuple[CheckpointBlocks, ...] = ("products", "inputs")  # fastest first
+FEW, MORE = 2, 4  # blocks in place in the two steps of a model whose step is one graph
+SAMPLE = 1 << 26  # bytes of the arrays that the update is measured on
+SHORTEST = 16  # tokens of a row
+SMALL = 512  # tokens of a batch that is tried without asking whether it fits
+LARGEST = 64  # batches that are looked at for the most learned tokens
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The largest batch of a run: rows, their length, and the share of its tokens that is learned."""
+    """A batch: rows, their length, the share of its tokens that is learned, and the documents in a row."""
 
     rows: int
     length: int
     learned: float
+    documents: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens of the batch, padding included."""
         return self.rows * self.length
 
+    def part(self, of: int) -> Shape:
+        """About one in `of` of its tokens: fewer rows, then shorter ones."""
+        rows = max(1, self.rows // of)
+        length = max(8, self.length * self.rows // (rows * of))
+        return replace(self, rows=rows, length=min(length, self.length))
+
 
 @dataclass(frozen=True)
 class Forecast:
-    """What training needs with batches of one shape, in bytes, under one way of checkpointing.
+    """What training needs with batches of one shape, in bytes.
 
     weights, adapter, moments: what lies in memory between two steps; weights with all else that lies there now
-    step:    activations, loss and gradients at their peak
-    update:  what the optimizer's update needs
-    seconds: of one step on this shape
+    step, update, validation:  what comes on top, one after the other
+    by_loss: what of the step is the loss alone, where it decides; else 0
+    seconds: of one step, all of its micro-batches
+    validation_seconds: of the largest batch to validate on
     """
 
     checkpoint_blocks: CheckpointBlocks
+    loss_chunk: int
+    accumulate: int
     shape: Shape
     weights: int
     adapter: int
     moments: int
     step: int
     update: int
+    validation: int
+    by_loss: int
     seconds: float
+    validation_seconds: float
 
     @property
     def resident(self) -> int:
@@ -83,35 +95,159 @@ class Forecast:
     @property
     def peak(self) -> int:
         """The most that will be in use."""
-        return self.resident + max(self.step, self.update)
-
-    def at(self, tokens: int) -> int:
-        """The peak with batches of `tokens`, by proportion: what a step keeps grows with its tokens."""
-        return self.resident + max(round(self.step * tokens / self.shape.tokens), self.update)
-
-    def most_tokens(self, limit: int) -> int:
-        """About how many tokens a batch may have under `limit`; 0 where nothing fits."""
-        room = limit - self.resident
-        return int(room / max(self.step, 1) * self.shape.tokens) if room > self.update else 0
+        return self.resident + max(self.step, self.update, self.validation)
 
 
-def largest(dataset: Dataset, config: BatchConfig, *, seed: int = 0) -> Shape:
-    """The largest batch of the first epoch, and the share of learned tokens in it."""
-    plan = plan_epoch(dataset.lengths, config, seed=seed, epoch=0, repeats=dataset.repeats)
-    shapes = sorted(plan.shapes, key=lambda shape: shape[0] * shape[1])
-    rows, length = shapes[-1]
-    learned = float(dataset.trained.sum()) / max(float(dataset.lengths.sum()), 1.0)
-    return Shape(int(rows), int(length), learned)
+class Forecaster:
+    """Foretells what a run with this engine and optimizer needs. Takes stock when it is made.
+
+    limit: bytes beyond which nothing is tried on this machine
+    """
+
+    def __init__(self, engine: Engine, optimizer: Optimizer, objective: Any, vocabulary: int, limit: int) -> None:
+        self.engine, self.objective, self.vocabulary, self.limit = engine, objective, vocabulary, limit
+        learned = flat(engine.network.trainable_parameters())
+        mx.eval(engine.network.parameters(), optimizer.state)
+        self.adapter, self.moments = bytes_of(learned), bytes_of(optimizer.state)
+        self.weights = max(mx.get_active_memory() - self.adapter - self.moments, 0) + kept_aside(engine.network)
+        self.update = update_bytes(optimizer.config, learned)
+        self._known: dict[Any, Account] = {}
+
+    @property
+    def resident(self) -> int:
+        """What lies in memory between two steps."""
+        return self.weights + self.adapter + self.moments
+
+    def forecast(self, shape: Shape, accumulate: int = 1, validation: Shape | None = None) -> Forecast:
+        """What training on batches of that shape needs, and validation on those of another, as the engine is set."""
+        step = self.step(shape)
+        summed = self.adapter if accumulate > 1 else 0  # the gradient so far, beside that of a micro-batch
+        validating = self.step(validation, gradients=False) if validation else Account(0, 0, 0, 0.0)
+        return Forecast(
+            checkpoint_blocks=self.engine.config.checkpoint_blocks,
+            loss_chunk=self.engine.config.loss_chunk,
+            accumulate=accumulate,
+            shape=shape,
+            weights=self.weights,
+            adapter=self.adapter,
+            moments=self.moments,
+            step=step.peak + summed,
+            update=self.update,
+            validation=validating.peak,
+            by_loss=step.by_loss,
+            seconds=step.seconds * accumulate,
+            validation_seconds=validating.seconds,
+        )
+
+    def step(self, shape: Shape, *, gradients: bool = True) -> Account:
+        """The account of one step. A batch too large to be tried within the limit is told by proportion to smaller."""
+        room, config = self.limit - self.resident, self.engine.config
+        found: Account | None = None
+        tokens = 0
+        for now in ladder(shape):
+            if found is not None and found.few * now.tokens > room * tokens:
+                return scaled(found, shape.tokens / tokens)
+            key = (now, config.checkpoint_blocks, config.loss_chunk, gradients)
+            if key not in self._known:
+                self._known[key] = self._account(synthetic(now, self.vocabulary), gradients)
+            found, tokens = self._known[key], now.tokens
+        assert found is not None
+        return found
+
+    def most_tokens(self, shape: Shape, limit: int) -> int:
+        """About how many tokens one row may have within `limit`, as the engine is set; 0 where nothing fits."""
+
+        def peak(length: int) -> int:
+            return self.forecast(replace(shape, rows=1, length=length)).peak
+
+        length = shape.length
+        while (here := peak(length)) > limit:
+            if length <= SHORTEST:
+                return 0
+            length //= 2
+        smaller = max(length // 2, 8)
+        slope = (here - peak(smaller)) / max(length - smaller, 1) if length < shape.length or length > 8 else 0.0
+        if length < shape.length:  # between the one that fits and its double, which does not
+            slope = max(slope, (peak(2 * length) - here) / length)
+        return length + int((limit - here) / slope) if slope > 0 else length
+
+    def _account(self, batch: Batch, gradients: bool) -> Account:
+        found = self.engine.account(self.objective, batch, mx.random.key(0), gradients=gradients)
+        return one_graph(self.engine, self.objective, batch, gradients) if found is None else found
 
 
-def synthetic(rows: int, length: int, learned: float, vocabulary: int) -> Batch:
+@dataclass(frozen=True)
+class Outlook:
+    """How long a run will take.
+
+    tokens: of all its steps, padding left out
+    """
+
+    tokens: int
+    tokens_per_second: float
+    seconds: float
+
+
+def outlook(feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, validations: int) -> Outlook:
+    """How long `steps` steps over `feed` take, and so many validations, at the pace of the probed batches."""
+    epoch, tokens = feed.plan(0), int(feed.dataset.lengths.sum())
+    share = steps * forecast.accumulate / max(len(epoch), 1)
+    seconds = epoch.tokens * share * forecast.seconds / (forecast.shape.tokens * forecast.accumulate)
+    speed = tokens * share / max(seconds, 1e-9)
+    if held_out is not None:
+        batches = held_out.plan(0)
+        seconds += validations * forecast.validation_seconds * batches.tokens / max(int(batches.sizes.max()), 1)
+    return Outlook(round(tokens * share), speed, seconds)
+
+
+def ladder(shape: Shape) -> list[Shape]:
+    """Shapes to try on the way up to `shape`, so that the last is known to be safe from those before it."""
+    found = [shape]
+    while found[0].tokens > SMALL and (smaller := found[0].part(4)).tokens < found[0].tokens:
+        found.insert(0, smaller)
+    return found
+
+
+def scaled(account: Account, by: float) -> Account:
+    """The account of a batch so many times as large."""
+    return Account(round(account.peak * by), round(account.few * by), round(account.by_loss * by), account.seconds * by)
+
+
+def largest(dataset: Dataset, config: BatchConfig, *, seed: int = 0, shuffle: bool = True) -> Shape:
+    """The largest batch of the first epoch, and the largest share of learned tokens in any of about that size."""
+    plan = plan_epoch(dataset.lengths, config, seed=seed, epoch=0, repeats=dataset.repeats, shuffle=shuffle)
+    rows, length = max(plan.shapes, key=lambda shape: shape[0] * shape[1])
+    return Shape(int(rows), int(length), *_most_learned(dataset, plan, int(rows) * int(length)))
+
+
+def _most_learned(dataset: Dataset, plan: EpochPlan, tokens: int) -> tuple[float, int]:
+    """(the largest share of learned tokens, documents in a row) of the batches of about `tokens` tokens."""
+    learned, documents = 0.0, 1
+    sizes = plan.sizes
+    for position in np.flatnonzero(sizes >= 0.95 * tokens)[:LARGEST]:
+        planned = plan[int(position)]
+        learned = max(learned, float(dataset.trained[list(planned.samples)].sum()) / int(sizes[position]))
+        documents = max(documents, round(len(planned.samples) / len(planned.rows)))
+    return min(learned, 1.0), documents
+
+
+def synthetic(shape: Shape, vocabulary: int) -> Batch:
     """A batch of random tokens of that shape."""
     random = np.random.default_rng(0)
+    rows, length = shape.rows, shape.length
     tokens = random.integers(0, vocabulary, (rows, length)).astype(np.int32)
-    flat = np.sort(random.permutation(rows * (length - 1))[: max(1, round(learned * rows * length))])
-    positions = (flat // (length - 1) * length + flat % (length - 1)).astype(np.int32)
+    count = min(max(1, round(shape.learned * rows * length)), rows * (length - 1))
+    places = np.sort(random.permutation(rows * (length - 1))[:count])
+    positions = np.zeros(position_count(count), np.int32)
+    positions[:count] = places // (length - 1) * length + places % (length - 1)
     targets = tokens.reshape(-1)[positions + 1]
-    return Batch(mx.array(tokens), mx.array(positions), mx.array(targets), mx.ones(len(positions)))
+    segments = None
+    if shape.documents > 1:
+        segments = mx.array(np.tile(np.arange(length) * shape.documents // length, (rows, 1)).astype(np.int32))
+    weights = mx.array((np.arange(len(positions)) < count).astype(np.float32))
+    batch = Batch(mx.array(tokens), mx.array(positions), mx.array(targets), weights, segments)
+    mx.eval(batch.tokens, batch.loss_positions, batch.targets, batch.weights)
+    return batch
 
 
 def above(work: Callable[[], Any]) -> tuple[int, float]:
@@ -119,170 +255,99 @@ def above(work: Callable[[], Any]) -> tuple[int, float]:
     mx.synchronize()
     mx.reset_peak_memory()
     before, begun = mx.get_active_memory(), time.perf_counter()
-    result = work()
-    mx.eval(result)
+    mx.eval(work())
     seconds = time.perf_counter() - begun
-    del result
     return max(mx.get_peak_memory() - before, 0), seconds
 
 
-def forecast(
-    network: nn.Module,
-    config: EngineConfig,
-    optimizer: Optimizer,
-    objective: Any,
-    shape: Shape,
-    *,
-    vocabulary: int,
-    accumulate: int = 1,
-) -> Forecast:
-    """Probe this model under one way of checkpointing. Network and optimizer stay as they are."""
-    parameters = flat(network.trainable_parameters())
-    trainable = bytes_of(parameters)
-    mx.eval(network.parameters(), optimizer.state)
-    every = mx.get_active_memory()
-    moments = bytes_of(optimizer.state)
-    batch = synthetic(shape.rows, shape.length, shape.learned, vocabulary)
-    mx.eval(batch.tokens, batch.loss_positions, batch.targets, batch.weights)
-    step, seconds = extrapolated(network, config, objective, batch)
-    more = trainable if accumulate > 1 else 0  # the sum so far, beside the gradient of a micro-batch
-    return Forecast(
-        checkpoint_blocks=config.checkpoint_blocks,
-        shape=shape,
-        weights=every - trainable - moments,
-        adapter=trainable,
-        moments=moments,
-        step=step + more,
-        update=update_bytes(optimizer, parameters) + more,
-        seconds=seconds * accumulate,
+def update_bytes(config: OptimizerConfig, parameters: Flat) -> int:
+    """What an update needs beside parameters and moments, the gradient included.
+
+    Measured on as many arrays, all smaller by one factor: how many are under way at a time is a matter of their number.
+    """
+    size = bytes_of(parameters)
+    if not size:
+        return 0
+    factor = -(-size // SAMPLE)
+    own = {
+        name: mx.zeros((-(-value.shape[0] // factor), *value.shape[1:]) if value.ndim else (), value.dtype)
+        for name, value in parameters.items()
+    }
+    optimizer = Optimizer(config, 1)
+    optimizer.init(own)
+    mx.eval(own)
+
+    def update() -> Any:
+        nonlocal own
+        gradients = {name: mx.zeros_like(value) for name, value in own.items()}
+        mx.eval(gradients)
+        own, norm, finite = optimizer.update(own, gradients, mx.array(0.0), mx.array(1.0), 0)
+        del gradients
+        return own, optimizer.state, norm, finite
+
+    most = max(above(update)[0] for _ in range(2))
+    return round(most * size / bytes_of(own))
+
+
+# ---- a step that is one graph --------------------------------------------------------------------------------------
+
+
+def one_graph(engine: Engine, objective: Any, batch: Batch, gradients: bool) -> Account:
+    """The account of a step that has no parts: by a line through steps with a few of the blocks in place."""
+    network, config = engine.network, replace(engine.config, frozen_cache=0.0)
+    blocks = _running(network)
+    if blocks <= MORE:
+        return _whole(network, config, objective, batch, gradients)
+    try:
+        with only_last(network, FEW):
+            few = _whole(network, config, objective, batch, gradients)
+        with only_last(network, MORE):
+            more = _whole(network, config, objective, batch, gradients)
+    except (IndexError, ValueError, AttributeError, TypeError, KeyError):
+        return _whole(network, config, objective, batch, gradients)  # its forward pass needs all of its blocks
+    times = (blocks - MORE) / (MORE - FEW)
+    return Account(
+        peak=more.peak + round(max(more.peak - few.peak, 0) * times),
+        few=more.few,
+        by_loss=0,
+        seconds=more.seconds + max(more.seconds - few.seconds, 0.0) * times,
     )
 
 
-def extrapolated(network: nn.Module, config: EngineConfig, objective: Any, batch: Batch) -> tuple[int, float]:
-    """(bytes, seconds) of a step, by a line through steps with a few blocks in place."""
-    blocks = len(block_paths(network))
-    if blocks <= MORE:
-        return probe(network, config, objective, batch)
-    try:
-        with only_blocks(network, FEW):
-            few = probe(network, config, objective, batch)
-        with only_blocks(network, MORE):
-            more = probe(network, config, objective, batch)
-    except (IndexError, ValueError, AttributeError, TypeError, KeyError):
-        return probe(network, config, objective, batch)  # its forward pass needs all of its blocks
-
-    def line(a: float, b: float) -> float:
-        return b + max(b - a, 0.0) * (blocks - MORE) / (MORE - FEW)
-
-    return round(line(few[0], more[0])), line(few[1], more[1])
+def _running(network: nn.Module) -> int:
+    """How many blocks have a backward pass: all from the first that learns."""
+    paths = block_paths(network)
+    learned = list(flat(network.trainable_parameters()))
+    inside = [any(name.startswith(f"{path}.") for name in learned) for path in paths]
+    outside = any(not any(name.startswith(f"{path}.") for path in paths) for name in learned)
+    return len(paths) if outside or not any(inside) else len(paths) - inside.index(True)
 
 
-def probe(network: nn.Module, config: EngineConfig, objective: Any, batch: Batch) -> tuple[int, float]:
-    """(bytes, seconds) of one step of the network as it stands."""
+def _whole(network: nn.Module, config: EngineConfig, objective: Any, batch: Batch, gradients: bool) -> Account:
     engine = Engine(network, config)
 
     def step() -> Any:
-        total, count, _, gradients = engine.value_and_grad(objective, batch, mx.random.key(0))
-        return total, count, gradients
+        if not gradients:
+            return engine.evaluate(objective, batch)
+        return engine.value_and_grad(objective, batch, mx.random.key(0))
 
     try:
         compiling, _ = above(step)
         size, seconds = above(step)
-        return max(
-            compiling, size
-        ), seconds  # how far the device lags behind is chance, and with it what lies in memory
     finally:
         engine.close()
+    return Account(max(compiling, size), max(compiling, size), 0, seconds)
 
 
 @contextlib.contextmanager
-def only_blocks(network: nn.Module, count: int) -> Iterator[None]:
-    """Within the block, the network has only its first `count` blocks."""
+def only_last(network: nn.Module, count: int) -> Iterator[None]:
+    """Within the block, the network has only its last `count` blocks: where only some learn, it is those."""
     path = block_paths(network)[0].rsplit(".", 1)[0]
     owner = get_module(network, path.rpartition(".")[0])
     name = path.rpartition(".")[2]
     whole = owner[name]
     try:
-        owner[name] = list(whole)[:count]
+        owner[name] = list(whole)[-count:]
         yield
     finally:
         owner[name] = whole
-
-
-def update_bytes(optimizer: Optimizer, parameters: Flat) -> int:
-    """What an update needs beside parameters and moments, the gradient included."""
-    zeros = {name: mx.zeros_like(value) for name, value in parameters.items()}
-    mx.eval(zeros)
-    state = optimizer.state
-
-    def update() -> Any:
-        new, norm, finite = optimizer.update(parameters, zeros, mx.array(0.0), mx.array(1.0), 0)
-        changed, optimizer.state = optimizer.state, state
-        return new, norm, finite, changed
-
-    return above(update)[0] + bytes_of(zeros)
-
-
-def settle(
-    network: nn.Module,
-    optimizer: Optimizer,
-    objective: Any,
-    shape: Shape,
-    blocks: CheckpointBlocks,
-    limit: int,
-    *,
-    vocabulary: int,
-    accumulate: int = 1,
-) -> tuple[CheckpointBlocks, int]:
-    """(checkpointing, predicted peak): the fastest way that fits, or the one asked for.
-
-    Where even a generous bound fits, nothing is probed and the bound is the prediction.
-    Raises UnsupportedError, saying what would fit, when none does.
-    """
-    parameters = flat(network.trainable_parameters())
-    if not optimizer.state:
-        optimizer.init(parameters)
-    bound = generous_bound(network, optimizer, shape, vocabulary)
-    wanted = GRADES if blocks == "auto" else (blocks,)
-    if bound <= limit and "none" not in wanted:
-        return wanted[0], bound
-    for grade in wanted:
-        found = forecast(
-            network, EngineConfig(checkpoint_blocks=grade), optimizer, objective, shape,
-            vocabulary=vocabulary, accumulate=accumulate,
-        )  # fmt: skip
-        if found.peak <= limit:
-            return grade, found.peak
-    raise UnsupportedError(
-        f"This run will not fit: it needs about {human_bytes(found.peak)}, and the limit is {human_bytes(limit)}. "
-        f"{advice(found, limit)} `mlxlora plan` with the same options shows what else would."
-    )
-
-
-def generous_bound(network: nn.Module, optimizer: Optimizer, shape: Shape, vocabulary: int) -> int:
-    """More than a step can need: three times the outputs of all its matrix products, kept in float32."""
-    blocks = block_paths(network)
-    widths, hidden = 0, 0
-    for path in blocks:
-        for name, value in flat(get_module(network, path).parameters()).items():
-            if value.ndim >= 2 and name.rpartition(".")[2] == "weight":
-                widths += math.prod(value.shape[:-1])
-            hidden = max(hidden, value.shape[0] if value.ndim == 1 else 0)
-    step = 4 * shape.tokens * (3 * widths + 24 * hidden * len(blocks)) + WORKSPACE
-    loss = 4 * LOSS_ARRAYS * vocabulary * min(shape.tokens, LOSS_TOKENS)
-    trained = bytes_of(network.trainable_parameters())
-    resident = bytes_of(network.parameters())
-    return resident + bytes_of(optimizer.state) + step + loss + 8 * trained
-
-
-def advice(smallest: Forecast, limit: int) -> str:
-    """What would make a run fit that does not."""
-    most, length = smallest.most_tokens(limit), smallest.shape.length
-    if most >= length:
-        return f"Batches of {most:,} tokens would: --training.tokens_per_batch {most // length * length}."
-    if most >= 64:
-        return f"Rows of {most:,} tokens, one a batch, would: --samples.max_length {most} --training.batch_size 1."
-    return (
-        f"The model alone takes {human_bytes(smallest.resident)}. Take a smaller one, or quantize it: "
-        "mlxlora convert --quantize.bits 4."
-    )

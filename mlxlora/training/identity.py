@@ -20,7 +20,7 @@ FREE = {
     f"training.{name}"
     for name in (
         "epochs", "steps", "validate_every", "save_every", "sample_every", "report_every", "keep", "patience",
-        "target_loss", "max_minutes", "skip_nonfinite", "checkpoint_blocks",
+        "target_loss", "max_minutes", "skip_nonfinite", "checkpoint_blocks", "loss_chunk",
     )
 } | {"samples.cache"}  # fmt: skip
 

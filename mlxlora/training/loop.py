@@ -68,6 +68,11 @@ def steps_in(batches: Batches, config: TrainingConfig, epoch: int) -> int:
     return math.ceil(len(batches.plan(epoch)) / config.accumulate)
 
 
+def count_validations(batches: Batches, config: TrainingConfig, steps: int) -> int:
+    """How often a run of `steps` updates validates, the look before its first step included."""
+    return 1 + math.ceil(steps / (config.validate_every or steps_in(batches, config, 0)))
+
+
 @dataclass(kw_only=True, eq=False)
 class Trainer:
     """One run: iterate over it to train, as a generator of events. `control.stop()` ends it after the current step and
@@ -95,8 +100,10 @@ class Trainer:
     sampler: Callable[[], tuple[list[str], list[str]]] | None = None
     """Answers held-out prompts: (prompts, answers)."""
     predicted_peak: int = 0
-    """Bytes, as is `memory_limit`: both are only told."""
+    """Bytes, as is `memory_limit`: they and the two below are only told."""
     memory_limit: int = 0
+    predicted_seconds: float = 0.0
+    chosen: str = ""
 
     def __post_init__(self, state: TrainingState | None) -> None:
         self.counters = Counters()
@@ -138,6 +145,8 @@ class Trainer:
             total_parameters=count_weights(self.network),
             predicted_peak=self.predicted_peak,
             memory_limit=self.memory_limit,
+            predicted_seconds=self.predicted_seconds,
+            chosen=self.chosen,
         )
         self.control.running = True
         reason: Reason | None = None
@@ -204,9 +213,11 @@ class Trainer:
             sums, counts = sums + value, counts + count
             samples += len(batch.samples)
             mx.async_eval(total, sums, counts)
+            del gradients, here
         self.parameters, norm, finite = self.optimizer.update(self.parameters, total, sums, counts, self.step)
         self.network.update(tree_unflatten(list(self.parameters.items())))
         loss = sums / counts
+        del total  # what is named nowhere is room for the result
         mx.async_eval(self.parameters, self.optimizer.state, loss, norm, finite)
         self.step += 1
         self.position += 1

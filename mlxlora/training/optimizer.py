@@ -149,9 +149,9 @@ class Optimizer:
         self.config = config
         self.steps = steps
         self.state: Tree = None
-        self._inner = build(config)
-        self._decay = config.setting("weight_decay") if "weight_decay" in SETTINGS[config.name] else 0.0
-        self._update = mx.compile(self._pure_update)
+        self._inner = inner = build(config)
+        # compiled is no method: with its own object in it, it would keep the moments until Python looks for cycles
+        self._update = mx.compile(lambda *given: _updated(config, inner, *given))
 
     def init(self, parameters: Flat) -> None:
         """Fresh moments for `parameters`."""
@@ -176,32 +176,6 @@ class Optimizer:
         new, self.state, norm, finite = self._update(parameters, gradients, self.state, loss, count, rate)
         return new, norm, finite
 
-    def _pure_update(
-        self, parameters: Flat, gradients: Flat, state: Tree, loss: mx.array, count: mx.array, rate: mx.array
-    ) -> tuple[Flat, Tree, mx.array, mx.array]:
-        mean = {name: gradient.astype(mx.float32) / count for name, gradient in gradients.items()}
-        norm = mx.sqrt(sum((mx.square(gradient).sum() for gradient in mean.values()), mx.array(0.0)))
-        finite = mx.logical_and(mx.isfinite(norm), mx.isfinite(loss))
-        if self.config.max_grad_norm is not None:
-            factor = mx.minimum(self.config.max_grad_norm / (norm + 1e-6), 1.0)
-            mean = {name: gradient * factor for name, gradient in mean.items()}
-        # a copy of every dictionary, since MLX's optimizers write into theirs
-        self._inner.state = {**tree_map(lambda value: value, state), "learning_rate": rate}
-        new = self._inner.apply_gradients(mean, parameters)
-        kept = {
-            name: mx.where(finite, self._finish(name, new[name], old, rate), old) for name, old in parameters.items()
-        }
-        moments = tree_map(lambda fresh, old: mx.where(finite, fresh, old), self._inner.state, state)
-        return kept, moments, norm, finite
-
-    def _finish(self, name: str, new: mx.array, old: mx.array, rate: mx.array) -> mx.array:
-        """Decoupled weight decay, and LoRA+'s higher rate for lora_b: every update here is linear in the rate."""
-        if self._decay and old.ndim >= self.config.decay_min_dims:
-            new = new - rate * self._decay * old
-        if self.config.lora_plus_ratio != 1.0 and name.endswith("lora_b"):
-            new = old + self.config.lora_plus_ratio * (new - old)
-        return new
-
     def flat_state(self) -> Flat:
         """The moments and counters, by name, for a checkpoint."""
         return flat(self.state)
@@ -213,6 +187,43 @@ class Optimizer:
         if wrong:
             raise ConfigError(f"the optimizer's saved state does not fit: {', '.join(wrong[:5])}.")
         self.state = tree_map_with_path(lambda path, _: saved[path], self.state)
+
+
+def _updated(
+    config: OptimizerConfig,
+    inner: Any,
+    parameters: Flat,
+    gradients: Flat,
+    state: Tree,
+    loss: mx.array,
+    count: mx.array,
+    rate: mx.array,
+) -> tuple[Flat, Tree, mx.array, mx.array]:
+    """What `Optimizer.update` computes, as a function of its arguments alone."""
+    mean = {name: gradient.astype(mx.float32) / count for name, gradient in gradients.items()}
+    norm = mx.sqrt(sum((mx.square(gradient).sum() for gradient in mean.values()), mx.array(0.0)))
+    finite = mx.logical_and(mx.isfinite(norm), mx.isfinite(loss))
+    if config.max_grad_norm is not None:
+        factor = mx.minimum(config.max_grad_norm / (norm + 1e-6), 1.0)
+        mean = {name: gradient * factor for name, gradient in mean.items()}
+    # a copy of every dictionary, since MLX's optimizers write into theirs
+    inner.state = {**tree_map(lambda value: value, state), "learning_rate": rate}
+    new = inner.apply_gradients(mean, parameters)
+    kept = {
+        name: mx.where(finite, _finished(config, name, new[name], old, rate), old) for name, old in parameters.items()
+    }
+    moments = tree_map(lambda fresh, old: mx.where(finite, fresh, old), inner.state, state)
+    return kept, moments, norm, finite
+
+
+def _finished(config: OptimizerConfig, name: str, new: mx.array, old: mx.array, rate: mx.array) -> mx.array:
+    """Decoupled weight decay, and LoRA+'s higher rate for lora_b: every update here is linear in the rate."""
+    decay = config.setting("weight_decay") if "weight_decay" in SETTINGS[config.name] else 0.0
+    if decay and old.ndim >= config.decay_min_dims:
+        new = new - rate * decay * old
+    if config.lora_plus_ratio != 1.0 and name.endswith("lora_b"):
+        new = old + config.lora_plus_ratio * (new - old)
+    return new
 
 
 def build(config: OptimizerConfig) -> Any:

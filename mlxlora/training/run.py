@@ -63,6 +63,8 @@ class RunDirectory:
         self._overwrites = False
         self._begun = stored is not None
         self._saved = bool(stored and stored.get("saved"))
+        self.chosen: dict[str, Any] = dict(stored.get("chosen") or {}) if stored else {}
+        """settings that were left open and that the run chose when it began; written with `run.json`"""
 
     @classmethod
     def look(cls, path: Path, *, overwrite: bool = False) -> None:
@@ -164,6 +166,7 @@ class RunDirectory:
 
     def _write_record(self, **more: Any) -> None:
         record = {"format": 1, "identity": self._identity, "saved": self._saved, "finished": False}
+        record |= {"chosen": self.chosen} if self.chosen else {}
         write_json(self.path / "run.json", record | more)
 
     def require_space(self, state: TrainingState, *, keep: int, adapter_bytes: int | None = None) -> None:

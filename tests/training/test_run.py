@@ -281,3 +281,17 @@ def test_a_kill_while_a_finished_run_is_cleared_leaves_one_that_only_overwrite_t
     with RunDirectory.open(path, identity=IDENTITY) as run:
         found = run.latest()
         assert found is not None and found.step == 5 and not run.best_path.exists()
+
+
+def test_what_a_run_chose_is_there_when_it_goes_on(tmp_path: Path) -> None:
+    with RunDirectory.open(tmp_path / "run", identity=IDENTITY) as run:
+        assert run.chosen == {}
+        run.chosen = {"batch_size": 2, "accumulate": 2}
+        run.write_config("")
+        save(run, 1)
+    with RunDirectory.open(tmp_path / "run", identity=IDENTITY) as run:
+        assert run.chosen == {"batch_size": 2, "accumulate": 2}
+        run.write_config("")
+        save(run, 2)
+    with RunDirectory.open(tmp_path / "run", identity=IDENTITY, overwrite=True) as run:
+        assert run.chosen == {}

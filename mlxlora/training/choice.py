@@ -1,0 +1,226 @@
+"""What a run leaves open of its memory, and what is chosen for it: the fastest that fits.
+
+In the order in which they are tried: what is kept of each block (matrix products, then only the input), and under each
+the rows of a micro-batch (4, 2, 1; a step sees as many samples whatever they are, in more micro-batches), and where the
+loss is what takes the most, the number of tokens whose logits exist at a time. Halving a batch costs little as long as
+it fills the device, so it comes before the second forward pass of `inputs`. What the user has set is never changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.nn as nn
+
+from mlxlora.data import DataSplits, SamplesConfig
+from mlxlora.engine import Engine, EngineConfig, Objective
+from mlxlora.engine.config import CheckpointBlocks
+from mlxlora.engine.token_loss import chunk_length
+from mlxlora.errors import UnsupportedError
+from mlxlora.files import human_bytes
+from mlxlora.parameters import bytes_of, flat
+from mlxlora.training.config import ROWS, TrainingConfig
+from mlxlora.training.forecast import Forecast, Forecaster, Shape, largest
+from mlxlora.training.optimizer import Optimizer, OptimizerConfig, build
+
+ShapesOf = Callable[[TrainingConfig], tuple[Shape, Shape | None]]
+GRADES: tuple[CheckpointBlocks, ...] = ("products", "inputs")  # fastest first
+FILLS = 512  # tokens of a micro-batch that keep a device busy: below this, halving it is no gain
+SMALLER = "Take a smaller model, or quantize it: mlxlora convert --quantize.bits 4."
+FEWEST = 64  # tokens of a row below which there is nothing to learn
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    training: the options with everything filled in; None where nothing fits
+    tried:    all forecasts, in their order; the last is the one chosen, or the smallest
+    """
+
+    training: TrainingConfig | None
+    tried: list[Forecast]
+
+    @property
+    def forecast(self) -> Forecast:
+        """Of what was chosen, or of the smallest."""
+        return self.tried[-1]
+
+    def why(self) -> str:
+        """Why this and nothing faster."""
+        if len(self.tried) == 1:
+            return "the fastest, and it fits"
+        before = self.tried[-2]
+        return f"{described(before)} would take {human_bytes(before.peak)}"
+
+    def flags(self) -> dict[str, Any]:
+        """What was chosen, by the names of the options."""
+        chosen = self.training
+        assert chosen is not None
+        found: dict[str, Any] = {"checkpoint_blocks": chosen.checkpoint_blocks}
+        if chosen.tokens_per_batch is None:
+            found["batch_size"] = chosen.batch_size or ROWS
+        else:
+            found["tokens_per_batch"] = chosen.tokens_per_batch
+        if chosen.accumulate > 1:
+            found["accumulate"] = chosen.accumulate
+        if chosen.loss_chunk is not None:
+            found["loss_chunk"] = chosen.loss_chunk
+        return found
+
+    def kept(self, asked: TrainingConfig) -> dict[str, int]:
+        """What was chosen that a run must keep to its end: the order of its samples hangs on it."""
+        if self.training is None or asked.batch_size is not None or asked.tokens_per_batch is not None:
+            return {}
+        return {
+            "batch_size": self.training.batching(SamplesConfig()).batch_size,
+            "accumulate": self.training.accumulate,
+        }
+
+    def notices(self, asked: TrainingConfig, limit: int) -> list[str]:
+        """What a person should know of it: that a step is made of smaller parts than they may think."""
+        now = self.training
+        if now is None or now.accumulate == asked.accumulate:
+            return []
+        return [
+            f"{ROWS} samples at once do not fit into {human_bytes(limit)}: each step takes them in "
+            f"{now.accumulate // asked.accumulate} parts, as --training.batch_size {now.batch_size} "
+            f"--training.accumulate {now.accumulate} does"
+        ]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A network made ready to be trained, and what is to be expected of that."""
+
+    engine: Engine
+    optimizer: Optimizer
+    forecaster: Forecaster
+    choice: Choice
+
+
+def prepare(
+    network: nn.Module,
+    engine: EngineConfig,
+    optimizer: OptimizerConfig,
+    objective: Objective,
+    training: TrainingConfig,
+    shapes_of: ShapesOf,
+    *,
+    vocabulary: int,
+    limit: int,
+    room: int | None = None,
+) -> Prepared:
+    """Engine and optimizer for a network with its adapter in place, set to what was chosen to fit into `limit`.
+
+    shapes_of: see `shapes`
+    room:      what may be used here to find that out, where `limit` is that of another machine
+    Raises UnsupportedError where weights and moments alone do not fit here. Close the engine when done.
+    """
+    refuse_hopeless(network, optimizer, limit if room is None else room)
+    moments = Optimizer(optimizer, 1)
+    moments.init(flat(network.trainable_parameters()))
+    made = Engine(network, replace(engine, checkpoint_blocks="none" if training.blocks == "none" else "auto"))
+    try:
+        forecaster = Forecaster(made, moments, objective, vocabulary, limit if room is None else room)
+        return Prepared(made, moments, forecaster, choose(forecaster, training, shapes_of, limit))
+    except BaseException:
+        made.close()
+        raise
+
+
+def described(forecast: Forecast) -> str:
+    """The settings of a forecast in words."""
+    text = f"{forecast.checkpoint_blocks} with {forecast.shape.rows} × {forecast.shape.length:,} tokens"
+    return text + (f" and a loss chunk of {forecast.loss_chunk}" if forecast.loss_chunk else "")
+
+
+def settings(training: TrainingConfig) -> Iterator[TrainingConfig]:
+    """The options with what they leave open filled in, fastest first."""
+    free = training.batch_size is None and training.tokens_per_batch is None
+    grades = GRADES if training.blocks == "auto" else (training.blocks,)
+    for grade in grades:
+        rows = ROWS
+        while True:
+            filled = replace(training, checkpoint_blocks=grade)
+            yield replace(filled, batch_size=rows, accumulate=training.accumulate * (ROWS // rows)) if free else filled
+            if not free or rows == 1:
+                break
+            rows //= 2
+
+
+def shapes(splits: DataSplits, samples: SamplesConfig, training: TrainingConfig) -> tuple[Shape, Shape | None]:
+    """The largest batch to learn from, and the largest to validate on."""
+    batching = training.batching(samples)
+    held_out = None if splits.valid is None else largest(splits.valid, batching, shuffle=False)
+    return largest(splits.train, batching, seed=training.seed), held_out
+
+
+def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf, limit: int) -> Choice:
+    """The fastest settings that fit into `limit`. The engine is left set to them.
+
+    shapes_of: see `shapes`
+    """
+    tried: list[Forecast] = []
+    last = list(settings(training))[-1].checkpoint_blocks
+    for setting in settings(training):
+        shape, held_out = shapes_of(setting)
+        if tried and shape.tokens < FILLS and setting.checkpoint_blocks != last:
+            continue
+        for chunk in _chunks(setting, shape, forecaster.vocabulary):
+            forecaster.engine.use(setting.blocks, chunk)
+            found = forecaster.forecast(shape, setting.accumulate, held_out)
+            tried.append(found)
+            if found.peak <= limit:
+                return Choice(replace(setting, loss_chunk=chunk or None), tried)
+            if not found.by_loss:
+                break  # fewer logits at a time would change nothing
+    return Choice(None, tried)
+
+
+def _chunks(setting: TrainingConfig, shape: Shape, vocabulary: int) -> list[int]:
+    if setting.loss_chunk is not None:
+        return [setting.loss_chunk]
+    usual = chunk_length(max(1, round(shape.learned * shape.tokens)), vocabulary)
+    return [0, *(usual // by for by in (4, 16) if usual // by >= 4)]
+
+
+def refuse_hopeless(network: nn.Module, optimizer: OptimizerConfig, limit: int) -> None:
+    """Raise UnsupportedError where weights and moments alone are too large. Loads and allocates nothing."""
+    state = build(optimizer)
+    state.init(flat(network.trainable_parameters()))
+    weights, moments = bytes_of(network.parameters()), bytes_of(state.state)
+    if weights + moments > limit:
+        raise UnsupportedError(
+            f"This run will not fit: weights take {human_bytes(weights)} and the optimizer's moments "
+            f"{human_bytes(moments)}, and the limit is {human_bytes(limit)}. {SMALLER}"
+        )
+
+
+def refusal(forecaster: Forecaster, choice: Choice, training: TrainingConfig, limit: int) -> UnsupportedError:
+    """The error of a run that does not fit, with what would."""
+    needed = choice.forecast.peak
+    return UnsupportedError(
+        f"This run will not fit: it needs about {human_bytes(needed)}, and the limit is {human_bytes(limit)}. "
+        f"{advice(forecaster, choice.forecast, training, limit)} `mlxlora plan` with the same options shows what else "
+        "would."
+    )
+
+
+def advice(forecaster: Forecaster, smallest: Forecast, training: TrainingConfig, limit: int) -> str:
+    """What would make a run fit that does not: less at once, shorter rows, or a smaller model."""
+    if training.blocks not in ("auto", "inputs"):
+        return "Take --training.checkpoint_blocks inputs, or leave it open."
+    one = replace(smallest.shape, rows=1)
+    if smallest.shape.rows > 1 and forecaster.forecast(one, 2).peak <= limit:
+        if training.tokens_per_batch is not None:
+            return f"One row at a time would: --training.tokens_per_batch {one.length}."
+        times = (training.batch_size or ROWS) * training.accumulate
+        return f"One row at a time would: --training.batch_size 1 --training.accumulate {times}."
+    most = forecaster.most_tokens(one, limit)
+    if most >= FEWEST:
+        return f"Rows of {most:,} tokens would: --samples.max_length {most} --training.batch_size 1."
+    resident = human_bytes(forecaster.resident)
+    return f"What lies in memory between two steps takes {resident}. {SMALLER}"

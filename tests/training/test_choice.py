@@ -1,0 +1,137 @@
+"""What is chosen when memory is short, and what is never changed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mlxlora.adapters import AdapterConfig, inject
+from mlxlora.engine import EngineConfig
+from mlxlora.engine.account import Account
+from mlxlora.errors import UnsupportedError
+from mlxlora.objectives.sft import sft
+from mlxlora.training.choice import Prepared, prepare, refusal, refuse_hopeless, settings
+from mlxlora.training.config import TrainingConfig
+from mlxlora.training.forecast import Forecaster, Shape
+from mlxlora.training.optimizer import OptimizerConfig
+from tests import tiny
+
+LENGTH = 256
+PLENTY = 10**10
+MB = 1_000_000
+# what a step takes, in MB: (kept, rows) → all of it, and of that the loss where it decides
+TAKES = {
+    ("products", 4): (90, 0), ("products", 2): (60, 0), ("products", 1): (45, 0),
+    ("inputs", 4): (55, 0), ("inputs", 2): (40, 0), ("inputs", 1): (30, 20),
+}  # fmt: skip
+
+
+def shapes(training: TrainingConfig) -> tuple[Shape, Shape | None]:
+    rows = training.batch_size or (training.tokens_per_batch or 4 * LENGTH) // LENGTH
+    return Shape(rows, LENGTH, 0.5), None
+
+
+@pytest.fixture(autouse=True)
+def prices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of a known price instead of real ones; nothing lies in memory beside."""
+
+    def step(self: Forecaster, shape: Shape, *, gradients: bool = True) -> Account:
+        self.weights = self.update = 0
+        config = self.engine.config
+        whole, loss = TAKES[config.checkpoint_blocks, shape.rows]
+        whole = round(whole * shape.length / LENGTH)
+        by_chunk = loss - loss * config.loss_chunk // 128 if config.loss_chunk else 0
+        return Account((whole - by_chunk) * MB, MB, (loss - by_chunk) * MB, 1.0)
+
+    monkeypatch.setattr(Forecaster, "step", step)
+
+
+def ready(limit: int, training: TrainingConfig) -> Prepared:
+    network = tiny.network("llama")
+    inject(network, AdapterConfig(rank=4))
+    made = prepare(
+        network, EngineConfig(), OptimizerConfig(), sft, training, shapes, vocabulary=tiny.VOCABULARY, limit=limit
+    )
+    made.engine.close()
+    return made
+
+
+def test_the_order_of_what_is_tried() -> None:
+    found = [(one.checkpoint_blocks, one.batch_size, one.accumulate) for one in settings(TrainingConfig(accumulate=3))]
+    assert found == [
+        ("products", 4, 3), ("products", 2, 6), ("products", 1, 12),
+        ("inputs", 4, 3), ("inputs", 2, 6), ("inputs", 1, 12),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        TrainingConfig(batch_size=4, accumulate=2),
+        TrainingConfig(tokens_per_batch=1000),
+        TrainingConfig(checkpoint_blocks=True, batch_size=3),
+        TrainingConfig(checkpoint_blocks="none", batch_size=1, loss_chunk=7),
+    ],
+)
+def test_what_is_set_is_never_changed(training: TrainingConfig) -> None:
+    for one in settings(training):
+        assert (one.batch_size, one.tokens_per_batch, one.accumulate, one.loss_chunk) == (
+            training.batch_size, training.tokens_per_batch, training.accumulate, training.loss_chunk,
+        )  # fmt: skip
+        assert training.blocks in ("auto", one.checkpoint_blocks)
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (99, ("products", 4, 1)),
+        (65, ("products", 2, 2)),
+        (58, ("inputs", 4, 1)),  # not one row with its products: 256 tokens do not fill a device
+        (45, ("inputs", 2, 2)),
+        (35, ("inputs", 1, 4)),
+    ],
+)
+def test_the_fastest_that_fits_is_chosen(limit: int, expected: tuple[str, int, int]) -> None:
+    free = TrainingConfig()
+    made = ready(limit * MB, free)
+    chosen = made.choice.training
+    assert chosen is not None
+    assert (chosen.checkpoint_blocks, chosen.batch_size, chosen.accumulate) == expected
+    assert made.choice.forecast.peak <= limit * MB
+    assert made.engine.config.checkpoint_blocks == expected[0]
+    assert bool(made.choice.notices(free, limit)) == (expected[2] > 1)
+    assert made.choice.kept(free) == {"batch_size": expected[1], "accumulate": expected[2]}
+    assert made.choice.kept(TrainingConfig(batch_size=4)) == {}
+    assert ("would take" in made.choice.why()) == (limit < 90)
+    assert made.choice.flags()["checkpoint_blocks"] == expected[0]
+
+
+def test_fewer_logits_at_a_time_where_the_loss_decides() -> None:
+    made = ready(20 * MB, TrainingConfig())
+    chosen = made.choice.training
+    assert chosen is not None and chosen.loss_chunk is not None and chosen.loss_chunk < 64
+    assert made.engine.config.loss_chunk == chosen.loss_chunk == made.choice.flags()["loss_chunk"]
+    assert ready(20 * MB, TrainingConfig(loss_chunk=128)).choice.training is None  # refused, not changed
+
+
+def test_what_does_not_fit_is_refused_with_what_would() -> None:
+    def message(limit: int, **training: Any) -> str:
+        options = TrainingConfig(**training)
+        made = ready(limit * MB, options)
+        assert made.choice.training is None
+        return str(refusal(made.forecaster, made.choice, options, limit * MB))
+
+    assert "--training.batch_size 1 --training.accumulate 8" in message(35, batch_size=4, accumulate=2)
+    assert "--training.tokens_per_batch 256" in message(35, tokens_per_batch=1024)
+    assert "--samples.max_length 11" in message(15, loss_chunk=128)
+    assert "--training.checkpoint_blocks inputs" in message(20, checkpoint_blocks="products")
+    assert "convert --quantize" in message(1, loss_chunk=128)
+
+
+def test_a_hopeless_run_is_refused_before_anything_is_allocated() -> None:
+    network = tiny.network("llama")
+    inject(network, AdapterConfig(type="full"))
+    refuse_hopeless(network, OptimizerConfig(), PLENTY)
+    with pytest.raises(UnsupportedError, match="moments"):
+        refuse_hopeless(network, OptimizerConfig(), 300_000)
