@@ -95,7 +95,7 @@ class DemoResult:
             f"  after:  {self.after}",
             f"  run:    {self.rows}",
             "",
-            f"Ask it yourself: mlxlora chat --model {self.out / 'deployed'}",
+            f"next: mlxlora chat --model {self.out / 'deployed'}",
         ]
         return "\n".join(lines)
 

@@ -68,7 +68,7 @@ def account(
         return chain.run(objective, batch, layout, key, gradients, grade)
 
     with _only(chain, few):
-        compiling = _measured(step)
+        _measured(step)  # traced, and what is made once is made: no step of a run will be the first
         taken = _observed(chain, step)
         real = _measured(step)
 
@@ -77,14 +77,13 @@ def account(
         return [taken[_stands_for(part, few, kinds)] for part in parts]
 
     small, whole = order(few), order(range(len(kinds)))
-    most = max(compiling.over, real.over)
     top = peak(whole)
     level = sum(part.left for part in whole[: len(kinds)])
     loss = taken[FINISH].over
     slower = real.seconds / max(sum(part.seconds for part in small), 1e-9)
     return Account(
-        peak=top + max(most - peak(small), 0),
-        few=most,
+        peak=top + max(real.over - peak(small), 0),
+        few=real.over,
         by_loss=loss if level + loss >= top else 0,
         seconds=slower * sum(part.seconds for part in whole),
     )

@@ -7,15 +7,13 @@ import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from mlxlora.errors import ConfigError, nearest
 from mlxlora.reporting.jsonl import record
+from mlxlora.training.events import Event, Finished, Validation
 
-if TYPE_CHECKING:
-    from mlxlora.training.events import Event
-
-Tracker: TypeAlias = "Callable[[Event], None]"
+Tracker: TypeAlias = Callable[[Event], None]
 Maker: TypeAlias = Callable[[Path, dict[str, Any]], Tracker]
 
 STEP_FIELDS = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second", "peak_memory")
@@ -40,7 +38,7 @@ def tensorboard(run: Path, config: dict[str, Any]) -> Tracker:
     def track(event: Event) -> None:
         for name, value in scalars(event).items():
             writer.add_scalar(name, value, event.step)
-        if type(event).__name__ in ("Validation", "Finished"):
+        if isinstance(event, Validation | Finished):
             writer.flush()
 
     return track
@@ -56,7 +54,7 @@ def logger(package: str) -> Maker:
         def track(event: Event) -> None:
             if found := scalars(event):
                 module.log(found, step=event.step)
-            if type(event).__name__ == "Finished":
+            if isinstance(event, Finished):
                 module.finish()
 
         return track

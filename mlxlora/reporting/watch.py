@@ -53,7 +53,6 @@ class FinetuneResult:
             lines.append(f"validation loss {self.baseline_loss:.4f} before, {best}")
         lines.append(f"adapter: {self.adapter}")
         if self.reason != "stopped":
-            lines.append(f"fuse it: mlxlora fuse --model {self.model} --adapter {self.run} --out DIR")
             lines += ["", f"next: mlxlora chat --model {self.model} --adapter {self.run}"]
         else:
             lines += ["", f"next: mlxlora train --config {self.run / 'config.yaml'}"]

@@ -149,15 +149,14 @@ class Optimizer:
         self.config = config
         self.steps = steps
         self.state: Tree = None
-        self._inner = inner = build(config)
-        # compiled is no method: with its own object in it, it would keep the moments until Python looks for cycles
-        self._update = mx.compile(lambda *given: _updated(config, inner, *given))
+        # no method is compiled: with its object in it, it would keep the moments until Python looks for cycles
+        self._update = mx.compile(lambda *given: _updated(config, *given))
 
     def init(self, parameters: Flat) -> None:
         """Fresh moments for `parameters`."""
-        self._inner = build(self.config)  # one that was traced holds arrays of the trace, and would keep them
-        self._inner.init(parameters)
-        self.state = self._inner.state
+        fresh = build(self.config)
+        fresh.init(parameters)
+        self.state = fresh.state
         mx.eval(self.state)
 
     def learning_rate(self, step: int) -> float:
@@ -191,7 +190,6 @@ class Optimizer:
 
 def _updated(
     config: OptimizerConfig,
-    inner: Any,
     parameters: Flat,
     gradients: Flat,
     state: Tree,
@@ -206,6 +204,7 @@ def _updated(
     if config.max_grad_norm is not None:
         factor = mx.minimum(config.max_grad_norm / (norm + 1e-6), 1.0)
         mean = {name: gradient * factor for name, gradient in mean.items()}
+    inner = build(config)  # of this trace alone: it would keep what it has seen
     # a copy of every dictionary, since MLX's optimizers write into theirs
     inner.state = {**tree_map(lambda value: value, state), "learning_rate": rate}
     new = inner.apply_gradients(mean, parameters)

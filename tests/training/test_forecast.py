@@ -147,7 +147,7 @@ def test_the_largest_batch_of_the_data(tmp_path: Path) -> None:
     rows = [{"text": "word " * count} for count in (5, 80, 40, 10, 7, 60)]
     splits = load(rows, tokenizer, SamplesConfig(validation_split=0.0))
     shape = largest(splits.train, BatchConfig(batch_size=2))
-    assert shape.rows <= 2 and shape.length >= splits.train.lengths.max() and 0.8 < shape.learned <= 1.0
+    assert shape.rows <= 2 and shape.tokens >= splits.train.lengths.max() and 0.8 < shape.learned <= 1.0
     packed = largest(splits.train, BatchConfig(batch_size=2, packing=True, max_length=200))
     assert packed.documents > 1
     assert synthetic(packed, tiny.VOCABULARY).segments is not None
