@@ -18,7 +18,7 @@ from mlxlora.data.dataset import Dataset
 from mlxlora.data.findings import PLACES, Finding, Findings
 from mlxlora.data.load import DataSplits, load
 from mlxlora.data.look import Looker
-from mlxlora.data.reader import Encoder
+from mlxlora.data.reader import OTHER_OBJECTIVES, Encoder
 from mlxlora.data.show import Shown, for_page, for_terminal, shown
 from mlxlora.errors import ConfigError
 from mlxlora.files import refuse_no_page, write_whole
@@ -143,7 +143,7 @@ def check(
     config = replace(samples, allow_unusable=True, preference="chosen")
     splits = load(data, tokenizer, config, seed=seed, on_progress=on_progress)
     findings = Findings()
-    others = sorted({*splits.formats.values()} & {"preference", "kto", "answer"})
+    others = sorted({*splits.formats.values()} & {*OTHER_OBJECTIVES})
     if others and samples.preference == "refuse":
         findings.add("objective", f"the rows are for another objective ({', '.join(others)})")
     _look_at_samples(splits, tokenizer, findings)

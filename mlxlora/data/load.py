@@ -17,7 +17,7 @@ from mlxlora.data.known_templates import named_template
 from mlxlora.data.messages import message_of
 from mlxlora.data.places import Place, find
 from mlxlora.data.problems import Problems, RowError
-from mlxlora.data.reader import Encoder, FormatReader
+from mlxlora.data.reader import Encoder, FormatReader, refuse_format
 from mlxlora.data.records import Completion, Conversation, Document, History, Message, Record, TextRun
 from mlxlora.data.split import split_validation
 from mlxlora.data.store import Store, Writer, key_of
@@ -25,7 +25,16 @@ from mlxlora.errors import DataError
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
 
-ELSEWHERE = ("validation", "validation_split", "validation_rows", "packing", "allow_unusable", "cache", "template")
+ELSEWHERE = (
+    "preference",
+    "validation",
+    "validation_split",
+    "validation_rows",
+    "packing",
+    "allow_unusable",
+    "cache",
+    "template",
+)
 """Options that do not change how a row becomes a sample (the template's source stands in the key itself)."""
 
 
@@ -140,6 +149,9 @@ class _Loader:
         tokens, manifest = self.store.build(self._key(found), fill)
         named = dict(zip(manifest["names"], names, strict=True))  # the same bytes may stand under another name now
         self.formats |= {named[name]: kind for name, kind in manifest["formats"].items()}
+        if self.config.preference == "refuse":  # an entry may come from a run that did not
+            for name, kind in self.formats.items():
+                refuse_format(kind, name)
         return self._dataset(split, _renamed(tokens, names), manifest, [place.weight for place in found])
 
     def rows(self, split: str, rows: Iterable[Any]) -> Dataset:

@@ -238,16 +238,29 @@ def _good_ending(record: Record) -> Record:
             return record
 
 
+OTHER_OBJECTIVES = {
+    "preference": (Preference, "a chosen and a rejected ending"),
+    "kto": (Judged, "a label (KTO)"),
+    "answer": (Question, "an answer"),
+}
+"""Formats that supervised fine-tuning refuses: what their rows become, and what they have."""
+
+
 def _refuse_others(chunk: Sequence[tuple[Record, int]], name: str) -> None:
     """Raise UnsupportedError for rows that are for another objective."""
     for record, line in chunk:
-        if isinstance(record, Preference | Judged | Question):
-            what = {"Preference": "a chosen and a rejected ending", "Judged": "a label (KTO)", "Question": "an answer"}
-            raise UnsupportedError(
-                f"{name}:{line}: rows with {what[type(record).__name__]} are for another objective; supervised "
-                "fine-tuning wants messages, prompt/completion or text. To learn the good endings alone, give "
-                "--samples.preference chosen."
-            )
+        for kind, (other, _) in OTHER_OBJECTIVES.items():
+            if isinstance(record, other):
+                refuse_format(kind, f"{name}:{line}")
+
+
+def refuse_format(kind: str | None, where: str) -> None:
+    """Raise UnsupportedError when a format is for another objective."""
+    if kind in OTHER_OBJECTIVES:
+        raise UnsupportedError(
+            f"{where}: rows with {OTHER_OBJECTIVES[kind][1]} are for another objective; supervised fine-tuning wants "
+            "messages, prompt/completion or text. To learn the good endings alone, give --samples.preference chosen."
+        )
 
 
 def _chunks(records: Iterable[tuple[Record, int]]) -> Iterator[list[tuple[Record, int]]]:

@@ -24,7 +24,7 @@ from mlxlora.data.sample import Sample
 from mlxlora.errors import DataError, InputError
 from mlxlora.files import new_directory, read_json, remove_directory, write_json
 
-VERSION = 2  # of what an entry holds; another version is another key
+VERSION = 3  # of what an entry holds; another version is another key
 KEPT_DAYS = 60  # entries that were not used for so long are removed
 LEVELS = 256  # distinct loss weights
 NOTES = ("files", "hub")  # what stands beside the entries: hashes of files, commits of hub data sets

@@ -13,7 +13,7 @@ import pytest
 
 from mlxlora.data import Dataset, SamplesConfig, load
 from mlxlora.data.store import Store
-from mlxlora.errors import DataError
+from mlxlora.errors import DataError, UnsupportedError
 from mlxlora.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(50)]
@@ -66,11 +66,28 @@ def test_what_decides_the_samples_is_in_the_key(
 
 def test_what_does_not_is_not(jsonl: Callable[..., Path], tokenizer: Tokenizer, cache: Path) -> None:
     path = jsonl(ROWS)
-    for change in ({}, {"validation_split": 0.2}, {"packing": True}, {"allow_unusable": True}):
+    for change in (
+        {},
+        {"validation_split": 0.2},
+        {"packing": True},
+        {"allow_unusable": True},
+        {"preference": "chosen"},
+    ):
         load(path, tokenizer, SamplesConfig(cache=cache, **change))
     moved = path.rename(path.with_name("moved.jsonl"))
     again = load(moved, tokenizer, SamplesConfig(cache=cache))
     assert len(entries(cache)) == 1 and again.train.origin(0).startswith(str(moved))
+
+
+def test_what_another_run_was_allowed_to_learn_is_still_refused(
+    jsonl: Callable[..., Path], tokenizer: Tokenizer, cache: Path
+) -> None:
+    path = jsonl([{"prompt": f"q{i}", "chosen": "a", "rejected": "b"} for i in range(20)])
+    for _ in range(2):
+        with pytest.raises(UnsupportedError, match="a chosen and a rejected ending"):
+            load(path, tokenizer, SamplesConfig(cache=cache))
+        assert len(load(path, tokenizer, SamplesConfig(cache=cache, preference="chosen")).train) == 19
+    assert len(entries(cache)) == 1
 
 
 def test_a_changed_file_is_read_again(jsonl: Callable[..., Path], tokenizer: Tokenizer, cache: Path) -> None:
@@ -134,9 +151,9 @@ start, highest = resident(), 0
 def look(what, done, total):
     global highest
     highest = max(highest, resident())
-begin = time.perf_counter()
+begin = time.process_time()  # of this process alone: others may keep the machine busy
 splits = load(Path(sys.argv[2]), tokenizer, SamplesConfig(cache=Path(sys.argv[3])), on_progress=look)
-print(len(splits.train), (max(highest, resident()) - start) / 1e6, time.perf_counter() - begin)
+print(len(splits.train), (max(highest, resident()) - start) / 1e6, time.process_time() - begin)
 """
 
 
