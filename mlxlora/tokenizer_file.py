@@ -6,6 +6,7 @@ when they do not get them.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,12 @@ def _is_id(value: Any) -> bool:
 
 
 def check_own_code(directory: Path) -> None:
-    """Raise ModelError when a tokenizer that may run code of its own names code outside of its directory.
+    """Name the files of a tokenizer that may run code of its own; raise ModelError for code outside of its directory.
 
     transformers would fetch `other/repository--file.Class` from the hub and run it: more than was agreed to.
     """
     problems = []
+    named: dict[str, None] = {}
     for name in ("tokenizer_config.json", "config.json"):
         path = Path(directory) / name
         content = read_json(path) if path.is_file() else {}
@@ -70,11 +72,17 @@ def check_own_code(directory: Path) -> None:
         for kind in ("AutoTokenizer", "AutoConfig"):
             given = references.get(kind)
             for reference in given if isinstance(given, list) else [given]:
-                if reference is not None and not _lies_inside(Path(directory), reference):
+                if reference is None:
+                    continue
+                if _lies_inside(Path(directory), reference):
+                    named[f"{reference.partition('.')[0]}.py"] = None
+                else:
                     what = f"{str(reference)[:80]!r} is no Python file in the model directory"
                     problems.append(Problem(f"{name}: auto_map: {kind}", what))
     if problems:
         raise ModelError.of(f"{directory} wants to run code from elsewhere, which is never done:", problems)
+    for name in named:
+        logging.getLogger("mlxlora").warning("running the tokenizer's own code: %s", Path(directory) / name)
 
 
 def _lies_inside(directory: Path, reference: Any) -> bool:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import io
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def test_no_verb_runs_it_or_asks(
         pytest.skip("takes no model")
     answers = io.StringIO("y\n" * 2)
     monkeypatch.setattr(sys, "stdin", answers)
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # transformers logs to the stderr of the test before
     code = cli.main(words)
     said = capsys.readouterr()
     assert not ran(tmp_path), "the model's code ran"
@@ -126,14 +128,16 @@ def test_with_leave_it_runs_and_only_from_inside(tmp_path: Path) -> None:
     assert ran(tmp_path)
 
 
-def test_with_leave_a_tokenizer_runs_its_code(tmp_path: Path) -> None:
+def test_with_leave_a_tokenizer_runs_its_code_and_it_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from mlxlora.tokenizer import Tokenizer
 
     model = bad_model(tmp_path, own_tokenizer)
     Tokenizer.load(model)
     assert not ran(tmp_path)
+    assert not caplog.records
     Tokenizer.load(model, trust_remote_code=True)
     assert ran(tmp_path)
+    assert str(model / "evil.py") in caplog.text
 
 
 @pytest.mark.parametrize(
