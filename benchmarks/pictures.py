@@ -17,26 +17,27 @@ def draw(folder: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     folder.mkdir(parents=True, exist_ok=True)
     by_length = _sweep([_long(length) for length in LENGTHS], list(LENGTHS))
     by_vocabulary = _sweep([_wide(size) for size in VOCABULARIES], list(VOCABULARIES))
-    for name, label, found in (
-        ("memory_by_length", "tokens of one sample", by_length),
-        ("memory_by_vocabulary", "vocabulary", by_vocabulary),
-    ):
-        figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
-        for contestant, points in found.items():
-            axes.plot(*zip(*points, strict=True), marker="o", label=contestant)
-        axes.set(xscale="log", yscale="log", xlabel=label, ylabel="peak above the weights, MB")
-        axes.set_xticks([point for point, _ in next(iter(found.values()))])
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:g}k")
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-        axes.legend()
-        figure.savefig(folder / f"{name}.png", dpi=150)
-        plt.close(figure)
+    _plot(folder / "memory_by_length.png", "tokens of one sample", by_length)
+    _plot(folder / "memory_by_vocabulary.png", "vocabulary", by_vocabulary)
+
+
+def _plot(path: Path, label: str, found: dict[str, list[tuple[int, float]]]) -> None:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for contestant, points in found.items():
+        axes.plot(*zip(*points, strict=True), marker="o", label=contestant.replace("ours", "mlxlora,"))
+    axes.set(xscale="log", yscale="log", xlabel=label, ylabel="peak above the weights, MB")
+    axes.set_xticks(sorted({point for points in found.values() for point, _ in points}))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:.0f}k")
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 def _sweep(scenarios: list[Scenario], points: list[int]) -> dict[str, list[tuple[int, float]]]:
