@@ -220,7 +220,10 @@ def begin(out: Path, base: dict[str, Any], search: SearchConfig, on_progress: Pr
         seed=base["training"].seed, on_progress=on_progress,
     )  # fmt: skip
     if splits.valid is None:
-        raise ConfigError("tune compares by validation loss. Give --samples.validation or --samples.validation_split.")
+        raise ConfigError(
+            "tune compares by validation loss. Give --samples.validation, or --samples.validation_split and at least "
+            "ten rows."
+        )
     searched = {f"search.{name}": value for name, value in plain(search).items()}
     identity = identify(path, tokenizer, splits, base) | searched
     record = out / "tune.json"

@@ -213,7 +213,7 @@ def test_frozen_blocks_are_computed_once(where: str, tmp_path: Any) -> None:
 def test_live_adapters_are_each_block_s_own(tmp_path):
     """Arrays beside the parameters (adapters that live on a model) must not be shared by blocks of one structure."""
     from mlxlora.adapters import attach, collect, save_adapter
-    from mlxlora.training.forecast import synthetic
+    from mlxlora.training.forecast import Shape, synthetic
 
     trained = tiny.network("llama", num_hidden_layers=3)
     inject(trained, AdapterConfig(rank=4))
@@ -222,7 +222,7 @@ def test_live_adapters_are_each_block_s_own(tmp_path):
     save_adapter(tmp_path / "adapter", collect(trained))
     network = tiny.network("llama", num_hidden_layers=3)
     attach(network, [str(tmp_path / "adapter")])
-    batch = synthetic(2, 24, 0.5, tiny.VOCABULARY)
+    batch = synthetic(Shape(2, 24, 0.5), tiny.VOCABULARY)
     engine, plain = Engine(network), Engine(trained)
     assert not engine.notes
     found, expected = (one.evaluate(sft, batch)[0].item() for one in (engine, plain))

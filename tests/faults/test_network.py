@@ -32,7 +32,7 @@ print(json.dumps({"seen": seen, "codes": codes, "tried": tried}))
 
 
 def test_no_connection_with_local_paths(tmp_path: Path) -> None:
-    model, data = tiny.model_directory(tmp_path / "model", "qwen3"), session.rows(tmp_path / "data.jsonl", 8)
+    model, data = tiny.model_directory(tmp_path / "model", "qwen3"), session.rows(tmp_path / "data.jsonl", 12)
     base = ["--model", str(model)]
     tuned = ["--adapter", str(tmp_path / "run")]
     words = "--samples.validation_split 0.3 --search.learning_rates 0.001 --search.ranks 2 --search.targets attention"

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora.engine import Engine
+from mlxlora.parameters import bytes_of, flat
 from mlxlora.reporting.watch import FinetuneResult
 from mlxlora.training.events import Checkpoint, Control, Data, Event, Notice, Samples, Started, Step, Validation
-from mlxlora.training.forecast import Forecast
+from mlxlora.training.forecast import Forecast, Forecaster
 from mlxlora.training.loop import Trainer
 from tests.options.calls import Call, Stop, Views
 from tests.options.place import Place, listed, tensors
@@ -61,12 +61,11 @@ def trains_by(place: Place, function: Call, arguments: Views, patch: pytest.Monk
     """Which blocks the engine recomputes."""
     asked: list[Any] = []
 
-    class Asked(Engine):
-        def __init__(self, network: Any, config: Any, *more: Any) -> None:
-            asked.append(config)
-            raise Stop
+    def use(engine: Engine, *settings: Any) -> None:
+        asked.append(settings)
+        raise Stop
 
-    patch.setattr(sys.modules["mlxlora.finetune"], "Engine", Asked)
+    patch.setattr(Engine, "use", use)
     with pytest.raises(Stop):
         function(**arguments, control=Control())
     return {"asked": asked}
@@ -89,17 +88,28 @@ def goes_on(place: Place, function: Call, arguments: Views, patch: pytest.Monkey
 
 
 def plan(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPatch) -> Views:
-    """The plan, over a forecast that is a sum instead of a probe."""
+    """The plan, over forecasts that are sums instead of probes."""
     asked: list[Any] = []
+    optimizers: list[Any] = []
+    update_bytes = sys.modules["mlxlora.training.forecast"].update_bytes
 
-    def forecast(network: Any, engine: Any, optimizer: Any, objective: Any, shape: Any, **more: Any) -> Forecast:
-        weights = dict(tree_flatten(network.trainable_parameters()))
-        size = sum(value.nbytes for value in weights.values())
-        asked.append((engine.checkpoint_blocks, weights.keys(), size, optimizer.config, asdict(shape), more))
-        return Forecast(engine.checkpoint_blocks, shape, 10**6, size, 0, 10**6, 10**6, 1.0)
+    def updating(config: Any, parameters: Any) -> int:
+        optimizers.append(config)
+        return int(update_bytes(config, parameters))
 
-    patch.setattr(sys.modules["mlxlora.plan"], "forecast", forecast)
+    def forecast(self: Forecaster, shape: Any, accumulate: int = 1, validation: Any = None) -> Forecast:
+        weights = flat(self.engine.network.trainable_parameters())
+        size, config = bytes_of(weights), self.engine.config
+        asked.append((config.checkpoint_blocks, config.loss_chunk, accumulate, weights.keys(), size, asdict(shape)))
+        return Forecast(
+            config.checkpoint_blocks, config.loss_chunk, accumulate, shape,
+            10**6, size, 0, 10**6, 0, 0, 0, 1.0, 1.0,
+        )  # fmt: skip
+
+    patch.setattr(Forecaster, "forecast", forecast)
+    patch.setattr(sys.modules["mlxlora.training.forecast"], "update_bytes", updating)
     found = function(**arguments)
+    asked.append(optimizers)
     return {
         "asked": asked, "steps": found.steps, "tokens": found.tokens, "limit": found.limit, "machine": found.machine,
         "data": (found.rows, found.length),
@@ -119,7 +129,7 @@ def tune(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPat
         return type("Result", (), {"reason": "done", "best_loss": loss})
 
     patch.setattr(sys.modules["mlxlora.tune"], "finetune", finetune)
-    needs = type("Needs", (), {"most_tokens": 100, "length": 10})
+    needs = type("Needs", (), {"most_tokens": 100, "length": 10, "samples": 100})
     planned: list[Any] = []
 
     def planner(*words: Any, **options: Any) -> Any:
