@@ -24,10 +24,7 @@ from tests import tiny
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("compare")
     tiny.model_directory(place / "model", "llama")
-    with (place / "rows.jsonl").open("w") as file:
-        for number in range(24):
-            question = {"role": "user", "content": f"Say {number}" + " please" * (number % 5)}
-            file.write(json.dumps({"messages": [question, {"role": "assistant", "content": "the one"}]}) + "\n")
+    tiny.chats(place / "rows.jsonl", 24)
     finetune(
         str(place / "model"), [str(place / "rows.jsonl")], place / "run",
         samples=SamplesConfig(validation_split=0.0), adapter=AdapterConfig(rank=4),

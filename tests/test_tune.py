@@ -28,10 +28,7 @@ SEARCH = SearchConfig(ranks=[2, 4], targets=["attention", "q_proj,v_proj"], tria
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("tune")
     tiny.model_directory(place / "model", "llama")
-    with (place / "rows.jsonl").open("w") as file:
-        for number in range(40):
-            question = {"role": "user", "content": f"Say {number}" + " please" * (number % 5)}
-            file.write(json.dumps({"messages": [question, {"role": "assistant", "content": "the one"}]}) + "\n")
+    tiny.chats(place / "rows.jsonl", 40)
     return place
 
 

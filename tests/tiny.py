@@ -220,3 +220,12 @@ def adapter_directory(path: Path, model: Path, *, seed: int = 0, size: float = 0
     built.load_weights(list(drawn.items()), strict=False)
     adapters.save_adapter(path, adapters.collect(built, base=fingerprint(model)))
     return path
+
+
+def chats(path: Path, count: int) -> Path:
+    """A file of short conversations, each with another question and the same answer."""
+    with path.open("w") as file:
+        for number in range(count):
+            question = {"role": "user", "content": f"Say {number}" + " please" * (number % 5)}
+            file.write(json.dumps({"messages": [question, {"role": "assistant", "content": "the one"}]}) + "\n")
+    return path

@@ -2,41 +2,19 @@
 
 from tests.options.rows import ADAPTER, SAMPLES, UNTOLD, Row, row, shared
 
+MODEL_VERBS = ("convert", "plan", "tune", "train", "eval", "compare", "generate", "chat", "serve", "fuse")
+
 ROWS: list[Row] = [
     # ---- every verb that takes a model ------------------------------------------------------------------------------
     *(
         row(verb, option, value, "asked", "asks_the_hub")
-        for verb in (
-            "convert",
-            "plan",
-            "tune",
-            "train",
-            "eval",
-            "compare",
-            "generate",
-            "chat",
-            "serve",
-            "fuse",
-            "export",
-        )
+        for verb in (*MODEL_VERBS, "export")
         for option, value in (("revision", "v1"), ("model", "someone/else"))
     ),
     row("data check", "model", "someone/else", "asked", "asks_the_hub"),
     *(
         row(verb, "trust_remote_code", "true", "ran", "runs_own_code", model="@own_code")
-        for verb in (
-            "convert",
-            "data check",
-            "plan",
-            "tune",
-            "train",
-            "eval",
-            "compare",
-            "generate",
-            "chat",
-            "serve",
-            "fuse",
-        )
+        for verb in (*MODEL_VERBS, "data check")
     ),
     row("export", "trust_remote_code", "true", "ran", "runs_own_code", model="@own_code", to="mlx"),
     *(
