@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mlxlora import cli
 from mlxlora.files import write_whole
+from tests import tiny
 
 
 def put(out: Path) -> None:
@@ -115,3 +119,24 @@ def test_an_empty_directory_is_no_model(capsys: pytest.CaptureFixture[str], tmp_
 def test_a_value_without_a_flag_has_a_help_text(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["report", "--help"]) == 0
     assert "run directories" in capsys.readouterr().out
+
+
+WITHOUT_TORCH = """
+import importlib.util as util, sys
+found = util.find_spec
+util.find_spec = lambda name, *more: None if name == "torch" else found(name, *more)
+from mlxlora import cli
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+def test_nobody_is_told_that_pytorch_is_missing(tmp_path: Path) -> None:
+    model = tiny.model_directory(tmp_path / "model", "llama")
+    rows = tiny.chats(tmp_path / "rows.jsonl", 3)
+    words = ["data", "check", str(rows), "--model", str(model)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, *words], env=environment, capture_output=True, text=True, timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    assert "PyTorch" not in done.stderr
