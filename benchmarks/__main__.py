@@ -9,6 +9,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
@@ -62,7 +63,7 @@ def _machine(dtype: str) -> dict[str, str]:
         "processor": platform.processor() or platform.machine(),
         "blas": Path(os.environ.get("LD_PRELOAD", "of the wheel")).name,
         "threads": os.environ.get("OPENBLAS_NUM_THREADS", "all"),
-        "mlx": mx.__version__,
+        "mlx": version("mlx"),
         "dtype": dtype,
     }
 

@@ -12,8 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.contestants import Arrays, Timing, enter, measure
-from benchmarks.scenarios import PEFT, RANK, Scenario
+from benchmarks.contestants import Timing, enter, measure
+from benchmarks.resident import forget_peak, peak, resident
+from benchmarks.scenarios import PEFT, RANK, Arrays, Scenario
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -47,8 +48,6 @@ def _serve(connection: Connection, name: str, scenario: Scenario, dtype: str) ->
 
 
 def _measure_torch(contestant: Any) -> Timing:
-    from benchmarks.torch_peft import forget_peak, peak, resident
-
     before = resident()
     forget_peak()
     wall, cpu = time.perf_counter(), time.process_time()

@@ -13,19 +13,16 @@ from typing import Any, Protocol
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-import numpy.typing as npt
-from mlx.utils import tree_flatten
 
-from benchmarks.scenarios import CHECKPOINT, PEFT, SHIPPED, STEP, Scenario, network, samples
+from benchmarks.scenarios import CHECKPOINT, PEFT, SHIPPED, STEP, Arrays, Scenario, network, padded, samples
+from benchmarks.torch_peft import TorchPeft
 from mlxlora import mlxlm
-from mlxlora.data.sample import Batch, Sample
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.engine.config import CheckpointBlocks
 from mlxlora.objectives import sft
+from mlxlora.parameters import flat, number
 
-Arrays = dict[str, npt.NDArray[np.float32]]
 BATCH, TOKENS = 4, 1536  # of an optimizer step where trainers run: samples for theirs, tokens for ours
-ROW = 32  # mlx-lm pads rows to multiples of this; all contestants of a step get the same rows
 
 
 @dataclass(frozen=True)
@@ -50,22 +47,6 @@ class Contestant(Protocol):
         ...
 
 
-def padded(made: list[Sample]) -> Batch:
-    """One sample a row, all rows of one length that mlx-lm would choose as well."""
-    length = -(-max(len(sample.tokens) for sample in made) // ROW) * ROW
-    tokens = np.zeros((len(made), length), np.int32)
-    places, targets = [], []
-    for row, sample in enumerate(made):
-        tokens[row, : len(sample.tokens)] = sample.tokens
-        scored = np.flatnonzero(sample.weights)
-        places += list(row * length + scored - 1)
-        targets += list(sample.tokens[scored])
-    return Batch(
-        mx.array(tokens), mx.array(np.array(places, np.int32)), mx.array(np.array(targets, np.int32)),
-        mx.ones(len(places)), samples=tuple(range(len(made))),
-    )  # fmt: skip
-
-
 def measure(contestant: Contestant) -> Timing:
     """Time one step on MLX."""
     mx.clear_cache()
@@ -88,7 +69,7 @@ class Ours:
     def answer(self) -> tuple[float, Arrays]:
         total, count, _, grads = self._engine.value_and_grad(sft, self._batch)
         mx.eval(total, count, grads)
-        return total.item() / count.item(), flat(grads)
+        return number(total) / number(count), gradients(grads)
 
     def step(self) -> float:
         total, count, _, grads = self._engine.value_and_grad(sft, self._batch)
@@ -110,7 +91,7 @@ class OurRun:
         lengths = np.array([len(sample.tokens) for sample in self._samples], np.int32)
         self._plan = plan_epoch(lengths, BatchConfig(tokens_per_batch=TOKENS), seed=0, epoch=0)
         self._optimizer = Optimizer(OptimizerConfig(), steps=100)
-        self._optimizer.init(dict(tree_flatten(self._network.trainable_parameters())))
+        self._optimizer.init(flat(self._network.trainable_parameters()))
 
     def answer(self) -> tuple[float, Arrays]:
         self.step()
@@ -121,10 +102,10 @@ class OurRun:
 
         trained = 0.0
         for step, planned in enumerate(self._plan):
-            batch = collate(self._samples, planned)  # type: ignore[arg-type]
+            batch = collate(self._samples, planned)
             total, count, _, grads = self._engine.value_and_grad(sft, batch)
-            parameters = dict(tree_flatten(self._network.trainable_parameters()))
-            new, _, _ = self._optimizer.update(parameters, dict(tree_flatten(grads)), total, count, step)
+            parameters = flat(self._network.trainable_parameters())
+            new, _, _ = self._optimizer.update(parameters, flat(grads), total, count, step)
             self._network.load_weights(list(new.items()), strict=False)
             mx.async_eval(new, total)
             trained += float(np.sum([self._samples[i].weights.sum() for i in planned.samples]))
@@ -158,12 +139,12 @@ class MlxLmStep:
     def answer(self) -> tuple[float, Arrays]:
         (loss, count), grads = self._step(self._tokens, self._lengths)
         mx.eval(loss, grads)
-        return loss.item(), {name: grad * count.item() for name, grad in flat(grads).items()}
+        return number(loss), {name: grad * number(count) for name, grad in gradients(grads).items()}
 
     def step(self) -> float:
         (loss, count), grads = self._step(self._tokens, self._lengths)
         mx.eval(loss, grads)
-        return float(count.item())
+        return number(count)
 
 
 class MlxLmTrainer:
@@ -206,9 +187,9 @@ class MlxLmTrainer:
         return float(sum(sample.weights.sum() for sample in made))
 
 
-def flat(grads: Any) -> Arrays:
+def gradients(grads: Any) -> Arrays:
     """Gradients by path, as numpy arrays."""
-    return {path: np.array(grad.astype(mx.float32)) for path, grad in tree_flatten(grads)}
+    return {path: np.array(grad.astype(mx.float32)) for path, grad in flat(grads).items()}
 
 
 def enter(name: str, scenario: Scenario, dtype: mx.Dtype) -> Contestant:
@@ -218,8 +199,6 @@ def enter(name: str, scenario: Scenario, dtype: mx.Dtype) -> Contestant:
     if name == SHIPPED:
         return MlxLmTrainer(scenario, dtype)
     if name == PEFT:
-        from benchmarks.torch_peft import TorchPeft
-
         return TorchPeft(scenario)
     grade: CheckpointBlocks = "inputs" if name.endswith("inputs") else "products"
     return OurRun(scenario, grade, dtype) if scenario.samples else Ours(scenario, grade, dtype)

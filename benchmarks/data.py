@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["TOKENIZERS_PARALLELISM"] = "true"
 
+from benchmarks.resident import resident
 from mlxlora.data import BatchConfig, SamplesConfig, load, plan_epoch
 from mlxlora.tokenizer import Tokenizer
 from tests import tiny
@@ -36,13 +37,6 @@ def rows(count: int) -> Iterator[str]:
         yield json.dumps({"messages": talk}) + "\n"
 
 
-def resident() -> float:
-    """Resident memory of this process in MB."""
-    import psutil
-
-    return float(psutil.Process().memory_info().rss / 1e6)
-
-
 def main() -> None:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     with tempfile.TemporaryDirectory() as folder:
@@ -52,7 +46,7 @@ def main() -> None:
         tokenizer = Tokenizer.load(tiny.tokenizer(Path(folder, "model")))
         tokenizer.encode("warm")
         config = SamplesConfig(cache=Path(folder, "cache"))
-        start, peak, seconds = resident(), 0.0, []
+        start, peak, seconds = resident(), 0, []
 
         def look(_what: str, _done: int, _total: int) -> None:
             nonlocal peak
@@ -68,7 +62,7 @@ def main() -> None:
         json.dumps(
             {
                 "rows": count, "first_seconds": seconds[0], "second_seconds": seconds[1],
-                "peak_mb_above_start": round(peak - start), "batches": len(plan),
+                "peak_mb_above_start": round((peak - start) / 1e6), "batches": len(plan),
                 "padding": round(1 - float(splits.train.lengths.sum()) / plan.tokens, 4),
             }
         )

@@ -55,9 +55,9 @@ def model(place: Path, family: str, bits: int | None) -> None:
     sys.path.insert(0, str(ROOT))
     import mlx.core as mx
     import mlx.nn as nn
-    from mlx.utils import tree_flatten
 
     from mlxlora import architecture, mlxlm
+    from mlxlora.parameters import flat
     from tests import tiny
 
     changes = {name: value for name, value in {**COMMON, **FAMILIES[family]}.items() if value is not None}
@@ -71,7 +71,7 @@ def model(place: Path, family: str, bits: int | None) -> None:
     if bits:
         nn.quantize(built, group_size=64, bits=bits)
         settings["quantization"] = settings["quantization_config"] = {"group_size": 64, "bits": bits, "mode": "affine"}
-    mx.save_safetensors(str(place / "model.safetensors"), dict(tree_flatten(built.parameters())), {"format": "mlx"})
+    mx.save_safetensors(str(place / "model.safetensors"), flat(built.parameters()), {"format": "mlx"})
     (place / "config.json").write_text(json.dumps(settings))
 
 

@@ -8,14 +8,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlxlora import mlxlm
 from mlxlora.adapters import AdapterConfig, inject
-from mlxlora.data.sample import Sample
+from mlxlora.data.sample import Batch, Sample
 
+Arrays = dict[str, npt.NDArray[np.float32]]
 # contestants, in the order of the table
 OURS = ("ours products", "ours inputs")
 RANK = 8  # of all adapters
+ROW = 32  # mlx-lm pads rows to multiples of this; all contestants of a step get the same rows
 STEP, CHECKPOINT, SHIPPED, PEFT = "mlx-lm step", "mlx-lm grad_checkpoint", "mlx-lm trainer", "PyTorch + PEFT"
 
 
@@ -139,3 +142,19 @@ def samples(scenario: Scenario) -> list[Sample]:
         tokens = random.integers(1, scenario.vocabulary, length).astype(np.int32)
         made.append(Sample(tokens, weights, f"sample {number}"))
     return made
+
+
+def padded(made: list[Sample]) -> Batch:
+    """One sample a row, all rows of one length that mlx-lm would choose as well."""
+    length = -(-max(len(sample.tokens) for sample in made) // ROW) * ROW
+    tokens = np.zeros((len(made), length), np.int32)
+    places, targets = [], []
+    for row, sample in enumerate(made):
+        tokens[row, : len(sample.tokens)] = sample.tokens
+        scored = np.flatnonzero(sample.weights)
+        places += list(row * length + scored - 1)
+        targets += list(sample.tokens[scored])
+    return Batch(
+        mx.array(tokens), mx.array(np.array(places, np.int32)), mx.array(np.array(targets, np.int32)),
+        mx.ones(len(places)), samples=tuple(range(len(made))),
+    )  # fmt: skip

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mlx.utils import tree_flatten
 
-from benchmarks.contestants import Arrays, padded
-from benchmarks.scenarios import RANK, Scenario, config, network, samples
+from benchmarks.scenarios import RANK, Arrays, Scenario, config, network, padded, samples
+from mlxlora.parameters import flat
 
 
 class TorchPeft:
@@ -21,7 +19,7 @@ class TorchPeft:
         from transformers import AutoConfig, AutoModelForCausalLM
 
         self._torch = torch
-        ours = dict(tree_flatten(network(scenario).parameters()))
+        ours = flat(network(scenario).parameters())
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(scenario)), attn_implementation="sdpa")
         weights = {
             name.replace(".linear.weight", ".weight"): torch.from_numpy(np.array(array).copy())
@@ -51,7 +49,7 @@ class TorchPeft:
         labels[self._places] = self._targets
         loss = self._torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), labels, reduction="sum")
         loss.backward()
-        return float(loss.item()) / self._targets.numel()
+        return float(loss.item()) / len(self._targets)
 
     def answer(self) -> tuple[float, Arrays]:
         loss = self._run()
@@ -66,25 +64,3 @@ class TorchPeft:
     def step(self) -> float:
         self._run()
         return float(self._targets.numel())
-
-
-def resident() -> int:
-    """Bytes of this process in memory now."""
-    return _status("VmRSS")
-
-
-def peak() -> int:
-    """The most bytes that this process has had in memory since `forget_peak`."""
-    return _status("VmHWM")
-
-
-def forget_peak() -> None:
-    """Let the peak start again from now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {field}")

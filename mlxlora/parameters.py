@@ -1,4 +1,4 @@
-"""A tree of arrays, such as a network's parameters, as one flat table by path."""
+"""Arrays as plain things: a tree of them, such as a network's parameters, as a table by path; a scalar as a number."""
 
 from __future__ import annotations
 
@@ -19,3 +19,9 @@ def flat(tree: Any) -> Flat:
 def bytes_of(tree: Any) -> int:
     """How many bytes the arrays of a tree are."""
     return sum(array.nbytes for array in flat(tree).values())
+
+
+def number(scalar: mx.array) -> float:
+    """A scalar array as a Python float; waits for it."""
+    value: Any = scalar.item()
+    return float(value)

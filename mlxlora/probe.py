@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora.errors import ModelError
+from mlxlora.parameters import number
 
 TOKENS = 192
 # prose, a question, code, numbers and several scripts: rare rows of the embedding and long tokens are seen as well
@@ -83,8 +84,8 @@ def compare(reference: mx.array, other: mx.array, ids: list[int]) -> Difference:
     reference, other = reference[:, :width], other[:, :width]
     kl = (mx.exp(reference) * (reference - other)).sum(axis=-1)
     following = mx.array(ids[1:])[:, None]
-    told = [_number(-mx.take_along_axis(given[:-1], following, axis=-1).mean()) for given in (reference, other)]
-    values = [_number(kl.mean()), _number(kl.max()), *told]
+    told = [number(-mx.take_along_axis(given[:-1], following, axis=-1).mean()) for given in (reference, other)]
+    values = [number(kl.mean()), number(kl.max()), *told]
     if not all(map(math.isfinite, values)):
         raise ModelError("The model's logits on a probe text are not numbers (NaN or infinity).")
     agreement = (reference.argmax(axis=-1) == other.argmax(axis=-1)).astype(mx.float32).mean()
@@ -92,11 +93,7 @@ def compare(reference: mx.array, other: mx.array, ids: list[int]) -> Difference:
         tokens=len(ids),
         kl=max(values[0], 0.0),
         largest=max(values[1], 0.0),
-        agreement=_number(agreement),
+        agreement=number(agreement),
         reference_perplexity=math.exp(min(values[2], 700.0)),
         perplexity=math.exp(min(values[3], 700.0)),
     )
-
-
-def _number(value: mx.array) -> float:
-    return float(value.item())  # type: ignore[arg-type]  # complex for arrays of complex numbers alone

@@ -111,8 +111,9 @@ def quantize(network: nn.Module, config: dict[str, Any], wanted: QuantizeConfig)
             return False
         done += 1
         if isinstance(answer, dict):
-            quantization[path] = {**parameters, **answer}
-            return quantization[path]  # type: ignore[no-any-return]
+            own = {**parameters, **answer}
+            quantization[path] = own
+            return own
         return True
 
     nn.quantize(network, **parameters, class_predicate=decide)

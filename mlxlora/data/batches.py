@@ -18,8 +18,7 @@ import numpy.typing as npt
 
 from mlxlora.data.config import BatchConfig
 from mlxlora.data.cut import FINE, PADDING, cut, row_lengths
-from mlxlora.data.dataset import Dataset
-from mlxlora.data.sample import Batch
+from mlxlora.data.sample import Batch, Sample
 
 IntArray = npt.NDArray[np.int32]
 LongArray = npt.NDArray[np.int64]
@@ -218,7 +217,7 @@ def position_count(count: int) -> int:
     return max(POSITION_GRAIN, -(-count // step) * step)
 
 
-def collate(dataset: Dataset, planned: Planned, *, pad_id: int = 0) -> Batch:
+def collate(dataset: Sequence[Sample], planned: Planned, *, pad_id: int = 0) -> Batch:
     """Put one planned batch together.
 
     Hidden state t of a row predicts token t + 1: `loss_positions` points at t, `targets` holds token t + 1. Positions

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from mlxlora.adapters import weights
 from mlxlora.adapters.weights import Quantization
+from mlxlora.parameters import number
 
 Array = npt.NDArray[np.float32]
 DAMPING = 0.01  # of the mean of H's diagonal: how little the calibration inputs are trusted where they say little
@@ -99,7 +100,7 @@ def pack_with_care(layer: nn.Module, target: mx.array, inputs: Array | None) -> 
 def output_error(layer: nn.Module, wanted: Array, inputs: Array) -> float:
     """The mean square by which the outputs of a packed layer differ from those of the weight `wanted` [R, C]."""
     difference = mx.array(_array(weights.dense(layer)).reshape(wanted.shape) - wanted)
-    return float(mx.sum((difference @ mx.array(inputs)) * difference).item())  # type: ignore[arg-type]
+    return number(mx.sum((difference @ mx.array(inputs)) * difference))
 
 
 def _on_grid(layer: nn.Module, wanted: Array, spread: Array | None) -> nn.Module:

@@ -13,7 +13,7 @@ from mlxlora import files, mlxlm, probe
 from mlxlora import model as models
 from mlxlora import weights as weight_files
 from mlxlora.errors import ModelError
-from mlxlora.parameters import flat
+from mlxlora.parameters import flat, number
 
 PARTS = ("weight", "scales", "biases", "global_scale")
 LARGEST_DIFFERENCE = 1e-3  # between what was written, read back, and what was meant, in log-probabilities
@@ -125,7 +125,7 @@ def read_back(directory: Path, network: nn.Module, rows: list[list[int]], *, tru
     row = rows[0][:CHECKED]
     again, _ = models.load_network(directory, trust_remote_code=trust_remote_code)
     meant, read = probe.log_probs(network, row), probe.log_probs(again, row)
-    largest = float(mx.abs(meant - read).max().item())  # type: ignore[arg-type]
+    largest = number(mx.abs(meant - read).max())
     if not largest <= LARGEST_DIFFERENCE:
         raise ModelError(
             f"mlx-lm reads back another model than was meant: log-probabilities differ by {largest:.2g}. "

@@ -23,7 +23,7 @@ from mlx.utils import tree_unflatten
 from mlxlora.adapters.inject import count_weights
 from mlxlora.engine.scores import Objective
 from mlxlora.errors import TrainingError
-from mlxlora.parameters import Flat, flat
+from mlxlora.parameters import Flat, flat, number
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.contracts import Batches, Store, TrainingEngine
@@ -42,7 +42,7 @@ from mlxlora.training.events import (
 )
 from mlxlora.training.optimizer import Optimizer
 from mlxlora.training.pace import Pace
-from mlxlora.training.validation import evaluate, number
+from mlxlora.training.validation import evaluate
 
 
 def key_for(seed: int, step: int, micro: int) -> mx.array:

@@ -8,12 +8,8 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlxlora.engine.scores import Objective
+from mlxlora.parameters import number
 from mlxlora.training.contracts import Batches, TrainingEngine
-
-
-def number(scalar: mx.array) -> float:
-    """A scalar array as a Python float; waits for it."""
-    return float(scalar.item())  # type: ignore[arg-type]
 
 
 def evaluate(

@@ -116,7 +116,7 @@ def test_a_batch_learns_each_weighted_token_once_from_what_stands_before_it(
     config = BatchConfig(batch_size=rows, packing=packing, max_length=64)
     learned: dict[int, list[tuple[int, int, float]]] = {}
     for planned in plan_epoch(lengths, config, seed=1, epoch=epoch):
-        batch = collate(made, planned, pad_id=0)  # type: ignore[arg-type] - samples by number are all that is asked
+        batch = collate(made, planned, pad_id=0)
         tokens = np.array(batch.tokens)
         found = zip(np.array(batch.loss_positions), np.array(batch.targets), np.array(batch.weights), strict=True)
         pairs = sorted((int(at), int(target), float(weight)) for at, target, weight in found if weight)
