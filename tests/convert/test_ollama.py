@@ -2,6 +2,7 @@
 
 import datetime
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +60,22 @@ CONVERSATIONS: list[list[tuple[str, str]]] = [
 ]
 
 
+def translated(name: str, bos: str) -> Iterator[tuple[str, list[dict[str, str]], str]]:
+    """Go's template, a conversation that it can say, and what Jinja makes of that."""
+    text, pattern = translate(TEMPLATES[name], VARIABLES, bos=bos, date=DATE)
+    assert (pattern.system is None) == (name == "gemma 2, no system")
+    jinja = ChatTemplate(TEMPLATES[name], VARIABLES, date=DATE)
+    for conversation in CONVERSATIONS:
+        messages = [{"role": role, "content": content} for role, content in conversation]
+        if messages[0]["role"] != "system" or pattern.system is not None:
+            yield text, messages, jinja.render(messages, add_generation_prompt=True).removeprefix(bos)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("bos", ["", "<s>"])
 def test_go_writes_what_jinja_writes(name: str, bos: str) -> None:
-    source = TEMPLATES[name]
-    text, pattern = translate(source, VARIABLES, bos=bos, date=DATE)
-    jinja = ChatTemplate(source, VARIABLES, date=DATE)
-    for conversation in CONVERSATIONS:
-        messages = [{"role": role, "content": content} for role, content in conversation]
-        if messages[0]["role"] == "system" and pattern.system is None:
-            continue
-        expected = jinja.render(messages, add_generation_prompt=True).removeprefix(bos)
+    for text, messages, expected in translated(name, bos):
         assert render(text, messages) == expected
-    assert (pattern.system is None) == (name == "gemma 2, no system")
 
 
 def test_a_date_must_be_said() -> None:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -23,38 +20,23 @@ from mlxlora.training.events import Event, Notice
 from mlxlora_convert.export import export
 from mlxlora_convert.upload import upload
 from tests import tiny
+from tests.hub_stub import Answering, Stub
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(Stub):
     """The part of the hub that an upload talks to: make a repository, large files to a store, one commit."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.private: dict[str, bool] = {}
         self.committed: dict[str, bytes] = {}
         self.stored: dict[str, bytes] = {}
-        self.asked: list[str] = []
         self.tokens: set[str] = set()
         self.refuse = False
 
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
 
-
-class Handler(BaseHTTPRequestHandler):
+class Handler(Answering):
     server: Hub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def reply(self, body: Any, status: int = 200, **headers: str) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        self.wfile.write(content)
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -67,34 +49,32 @@ class Handler(BaseHTTPRequestHandler):
         return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def do_GET(self) -> None:
-        self.server.asked.append(f"GET {self.path}")
+        path = self.note()
         if self.server.refuse:
-            return self.reply({"error": "you may not"}, 403)
-        repo = self.path.removeprefix("/api/models/").split("?")[0].split("/revision")[0]
-        self.reply({"id": repo, "private": self.server.private.get(repo, True), "siblings": [], "sha": "0" * 40})
+            return self.answer({"error": "you may not"}, 403)
+        repo = path.removeprefix("/api/models/").split("/revision")[0]
+        self.answer({"id": repo, "private": self.server.private.get(repo, True), "siblings": [], "sha": "0" * 40})
 
     def do_PUT(self) -> None:
-        self.server.asked.append(f"PUT {self.path}")
-        self.server.stored[self.path.rpartition("/")[2]] = self.body()
-        self.reply({})
+        self.server.stored[self.note().rpartition("/")[2]] = self.body()
+        self.answer({})
 
     def do_POST(self) -> None:
-        hub, path = self.server, self.path.split("?")[0]
-        hub.asked.append(f"POST {path}")
+        hub, path = self.server, self.note()
         hub.tokens.add(str(self.headers.get("Authorization")))
         content = self.body()
         if hub.refuse:
-            self.reply({"error": "you may not"}, 403)
+            self.answer({"error": "you may not"}, 403)
         elif path == "/api/validate-yaml":
-            self.reply({"errors": [], "warnings": []})
+            self.answer({"errors": [], "warnings": []})
         elif path == "/api/repos/create":
             asked = json.loads(content)
             repo = f"{asked.get('organization') or 'someone'}/{asked['name']}"
             if repo in hub.private:
-                self.reply({"error": "exists", "url": f"{hub.address}/{repo}"}, 409)
+                self.answer({"error": "exists", "url": f"{hub.address}/{repo}"}, 409)
             else:
                 hub.private[repo] = asked.get("private", asked.get("visibility") == "private")
-                self.reply({"url": f"{hub.address}/{repo}"})
+                self.answer({"url": f"{hub.address}/{repo}"})
         elif "/preupload/" in path:
             names = [one["path"] for one in json.loads(content)["files"]]
             modes = ["lfs" if name.endswith((".safetensors", ".gguf")) else "regular" for name in names]
@@ -102,13 +82,13 @@ class Handler(BaseHTTPRequestHandler):
                 {"path": name, "uploadMode": mode, "shouldIgnore": False, "oid": None}
                 for name, mode in zip(names, modes, strict=True)
             ]
-            self.reply({"files": chosen})
+            self.answer({"files": chosen})
         elif path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {**one, "actions": {"upload": {"href": f"{hub.address}/store/{one['oid']}"}}}
                 for one in json.loads(content)["objects"]
             ]
-            self.reply({"transfer": "basic", "objects": objects})
+            self.answer({"transfer": "basic", "objects": objects})
         elif "/commit/" in path:
             for line in map(json.loads, content.splitlines()):
                 value = line["value"]
@@ -116,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
                     hub.committed[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     hub.committed[value["path"]] = hub.stored[value["oid"]]
-            self.reply(
+            self.answer(
                 {
                     "success": True,
                     "commitOid": "c" * 40,
@@ -124,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
                 }
             )
         else:
-            self.reply({"error": path}, 404)
+            self.answer({"error": path}, 404)
 
 
 @pytest.fixture
@@ -132,12 +112,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", "hf_test")
-    server = Hub()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Hub() as server:
+        yield server
 
 
 @pytest.fixture(scope="module")

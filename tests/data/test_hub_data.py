@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,58 +14,9 @@ import pytest
 
 from mlxlora.data.hub_data import HubSource
 from mlxlora.errors import DataError
+from tests.hub_stub import COMMIT, Repository, environment
 
-FIRST, SECOND = "0123456789abcdef0123456789abcdef01234567", "fedcba9876543210fedcba9876543210fedcba98"
-
-
-def _hash(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes()).hexdigest()
-
-
-class Stub(ThreadingHTTPServer):
-    """Serves one data set, `someone/rows`, at one commit; writes down what was asked."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder, self.commit = folder, FIRST
-        self.asked: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Stub
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        self.server.asked.append(path)
-        about = {"ETag": f'"{self.server.commit}-{path}"', "X-Repo-Commit": self.server.commit}
-        files = sorted(self.server.folder.iterdir())
-        if path.startswith("/api/datasets/someone/rows"):
-            tree = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": _hash(file)} for file in files
-            ]
-            here = {"id": "someone/rows", "sha": self.server.commit, "siblings": []}
-            return self.answer(200, json.dumps(tree if "/tree/" in path else here).encode(), about)
-        if path.startswith("/datasets/someone/rows/resolve/"):
-            file = self.server.folder / path.rsplit("/", 1)[1]
-            if file in files:
-                return self.answer(200, file.read_bytes(), about)
-            return self.answer(404, b"", {**about, "X-Error-Code": "EntryNotFound"})
-        return self.answer(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-
-    def answer(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+FIRST, SECOND = COMMIT, "fedcba9876543210fedcba9876543210fedcba98"
 
 
 def played(folder: Path, tokenizer: Path) -> None:
@@ -76,12 +24,8 @@ def played(folder: Path, tokenizer: Path) -> None:
     rows = folder / "rows"
     rows.mkdir()
     write(rows, 12)
-    stub = Stub(rows)
-    settings = {
-        "HF_ENDPOINT": f"http://127.0.0.1:{stub.server_port}", "HF_HOME": str(folder / "home"), "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1", "HF_DATASETS_OFFLINE": "0", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    }  # fmt: skip
-    os.environ.update(settings)
+    stub = Repository(rows, "someone/rows", "datasets")
+    os.environ.update(environment(stub.address, folder / "home"))
     from mlxlora.data import SamplesConfig, load
     from mlxlora.tokenizer import Tokenizer
 
@@ -96,16 +40,15 @@ def played(folder: Path, tokenizer: Path) -> None:
         except DataError as error:
             said[step] = str(error)
 
-    run("first")
-    run("again")
-    run("other options", max_length=64)
-    run("no such", "hub:someone/nothing")
-    write(rows, 13)
-    stub.commit = SECOND
-    run("moved on")
-    run("pinned", f"hub:someone/rows#{FIRST[:8]}")
-    stub.shutdown()
-    stub.server_close()
+    with stub:
+        run("first")
+        run("again")
+        run("other options", max_length=64)
+        run("no such", "hub:someone/nothing")
+        write(rows, 13)
+        stub.commit = SECOND
+        run("moved on")
+        run("pinned", f"hub:someone/rows#{FIRST[:8]}")
     run("offline")
     run("offline, other options", max_length=32)
     run("offline, pinned", f"hub:someone/rows#{FIRST}", max_length=16)

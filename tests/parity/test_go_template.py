@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 
-from mlxlora.data.template import ChatTemplate
 from mlxlora_convert import go_template
 from mlxlora_convert.ollama_template import render, translate
-from tests.convert.test_ollama import CONVERSATIONS, DATE, LANGUAGE, TEMPLATES, VALUES, VARIABLES
+from tests.convert.test_ollama import DATE, LANGUAGE, TEMPLATES, VALUES, VARIABLES, translated
 
 pytestmark = [
     pytest.mark.parity,
@@ -43,15 +42,10 @@ def go(tmp_path_factory: pytest.TempPathFactory) -> Go:
 @pytest.mark.parametrize("bos", ["", "<s>"])
 def test_go_itself_writes_what_jinja_writes(go: Go, bos: str) -> None:
     requests, expected = [], []
-    for name, source in TEMPLATES.items():
-        text, pattern = translate(source, VARIABLES, bos=bos, date=DATE)
-        jinja = ChatTemplate(source, VARIABLES, date=DATE)
-        for conversation in CONVERSATIONS:
-            messages = [{"role": role, "content": content} for role, content in conversation]
-            if messages[0]["role"] == "system" and pattern.system is None:
-                continue
+    for name in TEMPLATES:
+        for text, messages, wanted in translated(name, bos):
             requests.append({"source": text, "messages": messages})
-            expected.append((name, jinja.render(messages, add_generation_prompt=True).removeprefix(bos)))
+            expected.append((name, wanted))
     answers = go(requests)
     assert len(answers) > 3 * len(TEMPLATES)
     for (name, wanted), answer in zip(expected, answers, strict=True):
