@@ -19,12 +19,13 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from mlxlora.errors import ConfigError, nearest
 from mlxlora.files import read_json
@@ -189,11 +190,11 @@ class Difference:
 
 
 def compare_scores(
-    base: Sequence[float],
-    tuned: Sequence[float],
+    base: npt.ArrayLike,
+    tuned: npt.ArrayLike,
     *,
     lower_is_better: bool = False,
-    weights: Sequence[float] | None = None,
+    weights: npt.ArrayLike | None = None,
     resamples: int = 2000,
 ) -> Difference:
     """The paired difference of two lists of scores with its bootstrap interval (Efron 1979).

@@ -126,7 +126,7 @@ class Fetching(Answering):
             return self.answer(b"", 404, X_Error_Code="EntryNotFound", X_Repo_Commit=served.commit)
         whole, span = path.read_bytes(), self.headers.get("Range", "")
         start = int(span.removeprefix("bytes=").split("-")[0]) if span else 0
-        headers = {
+        headers: dict[str, Any] = {
             "ETag": f'"{hashlib.sha256(whole).hexdigest()}"', "X-Repo-Commit": served.commit, "Accept-Ranges": "bytes",
         }  # fmt: skip
         if span and self.command == "GET":

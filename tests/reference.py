@@ -11,11 +11,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 
 from mlxlora.data.sample import Batch, Sample
 from mlxlora.engine.anatomy import dissect
 from mlxlora.engine.dropout import set_keys, split_key
+from mlxlora.parameters import flat
 
 
 def samples(lengths: list[int], vocabulary: int, seed: int = 0) -> list[Sample]:
@@ -86,7 +87,7 @@ def step(network: nn.Module, given: Batch, key: mx.array | None = None) -> tuple
 def awaken(network: nn.Module, seed: int = 7) -> None:
     """Random numbers in every adapter array, so that all of them have a gradient."""
     key = mx.random.key(seed)
-    names = [name for name, _ in tree_flatten(network.trainable_parameters())]
+    names = list(flat(network.trainable_parameters()))
     keys = dict(zip(names, mx.random.split(key, max(1, len(names))), strict=False))
 
     def draw(name: str, array: mx.array) -> mx.array:
@@ -100,13 +101,13 @@ def awaken(network: nn.Module, seed: int = 7) -> None:
 
 def gradient_error(found: Any, expected: Any) -> float:
     """The largest relative difference (by norm) of any gradient, against the largest norm of its kind of array."""
-    given, wanted = dict(tree_flatten(found)), dict(tree_flatten(expected))
+    given, wanted = flat(found), flat(expected)
     assert sorted(given) == sorted(wanted)
-    norms = {name: float(mx.linalg.norm(array.astype(mx.float32).flatten()).item()) for name, array in wanted.items()}
+    norms = {name: float(mx.linalg.norm(array.astype(mx.float32).flatten())) for name, array in wanted.items()}
     floor = 1e-3 * max(norms.values())
     worst = 0.0
     for name, array in wanted.items():
         assert given[name].shape == array.shape, name
-        difference = float(mx.linalg.norm((given[name] - array).astype(mx.float32).flatten()).item())
+        difference = float(mx.linalg.norm((given[name] - array).astype(mx.float32).flatten()))
         worst = max(worst, difference / max(norms[name], floor))
     return worst

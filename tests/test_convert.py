@@ -6,11 +6,11 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora import architecture, hub, mlxlm, model, weights
 from mlxlora.convert import convert
 from mlxlora.errors import ConfigError, InputError, ModelError, UnsupportedError
+from mlxlora.parameters import flat
 from mlxlora.quantize import QuantizeConfig
 from tests import tiny
 
@@ -36,7 +36,7 @@ def test_plain_conversion_is_exact_and_loads_in_mlx_lm(tmp_path: Path) -> None:
 def test_dtype_is_changed_and_said(tmp_path: Path) -> None:
     source = tiny.model_directory(tmp_path / "source", "llama")
     result = convert(str(source), tmp_path / "out", dtype="bfloat16")
-    tensors = dict(tree_flatten(model.load_network(tmp_path / "out")[0].parameters()))
+    tensors = flat(model.load_network(tmp_path / "out")[0].parameters())
     assert {tensor.dtype for tensor in tensors.values()} == {mx.bfloat16}
     config = architecture.read_config(tmp_path / "out")
     assert config["dtype"] == config["torch_dtype"] == "bfloat16"
@@ -194,13 +194,13 @@ def test_a_model_passes_through_at_the_cost_of_a_shard(tmp_path: Path, monkeypat
     shard = 4 << 20
     whole = weights.write
     monkeypatch.setattr(weights, "write", lambda *given, **more: whole(*given, **{**more, "shard_bytes": shard}))
-    sizes = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 12}
+    sizes: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 12}
     source = tiny.model_directory(tmp_path / "source", "llama", **sizes)
     total = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     for options in ({"dtype": "bfloat16"}, {"quantize": QuantizeConfig(bits=8)}, {}):
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        convert(str(source), tmp_path / str(len(options) + len(str(options))), check=False, **options)  # type: ignore[arg-type]
+        convert(str(source), tmp_path / str(len(options) + len(str(options))), check=False, **options)
         used = mx.get_peak_memory() - before
         assert used < 3 * shard < total, f"{options}: {used / 1e6:.1f} MB for a model of {total / 1e6:.1f} MB"
 

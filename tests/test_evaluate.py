@@ -44,7 +44,7 @@ def plainly(directory: Path, data: Path, adapter: Path | None = None) -> tuple[f
         logits = network(mx.array(sample.tokens)[None, :-1])[0].astype(mx.float32)
         scores = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
         told = mx.take_along_axis(scores, mx.array(sample.tokens[1:])[:, None], axis=-1)[:, 0]
-        total -= float((told * mx.array(sample.weights[1:])).sum().item())
+        total -= float((told * mx.array(sample.weights[1:])).sum())
         weight += float(sample.weights.sum())
     return total / weight, weight
 

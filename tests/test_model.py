@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora import architecture, mlxlm, model, weights
 from mlxlora.errors import ModelError, UnsupportedError
+from mlxlora.parameters import flat
 from tests import tiny
 
 TOKENS = mx.array([[1, 70, 300, 5, 9, 41, 7]])
@@ -41,7 +42,7 @@ def test_quantized_directories_load(tmp_path: Path, mode: dict[str, object]) -> 
 def test_every_wrong_tensor_is_named(tmp_path: Path) -> None:
     directory = tiny.model_directory(tmp_path / "m", "llama")
     path = directory / "model.safetensors"
-    tensors = mx.load(str(path))
+    tensors = tiny.tensors(path)
     del tensors["model.norm.weight"]
     tensors["model.stranger.weight"] = mx.zeros((2, 2))
     tensors["lm_head.weight"] = mx.zeros((7, 32))
@@ -146,7 +147,7 @@ def test_fingerprints_tell_models_apart(tmp_path: Path) -> None:
 
 
 def test_shards_are_written_in_order_and_emptied(tmp_path: Path) -> None:
-    tensors = dict(tree_flatten(tiny.network("llama").parameters()))
+    tensors = flat(tiny.network("llama").parameters())
     kept = {name: mx.array(tensor) for name, tensor in tensors.items()}
     paths = weights.write(tmp_path, tensors, shard_bytes=40_000)
     assert len(paths) > 2 and not tensors
@@ -174,7 +175,7 @@ def test_rope_is_spelled_both_ways() -> None:
     assert spelled["rope_theta"] == 5e5
     assert spelled["rope_scaling"]["rope_type"] == spelled["rope_scaling"]["type"] == "llama3"
     assert spelled["rope_scaling"]["factor"] == 8.0 and "rope_theta" not in spelled["rope_scaling"]
-    old = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {**NEW}}
+    old: dict[str, Any] = {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": {**NEW}}
     del old["rope_scaling"]["rope_theta"]
     back = architecture.spelled_both_ways(old)
     assert back["rope_parameters"] == NEW

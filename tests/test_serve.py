@@ -239,7 +239,7 @@ def test_other_addresses_need_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
         {"origins": ["http://localhost:3000/"]},
     ):
         with pytest.raises(ConfigError):
-            serve("no/such/model", **wrong)  # type: ignore[arg-type]
+            serve("no/such/model", **wrong)
     check_address("0.0.0.0", 80, "0123456789abcdef", 10)
 
 

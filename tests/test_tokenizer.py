@@ -45,6 +45,7 @@ def test_offsets_cover_the_text(made: Tokenizer) -> None:
 
 
 def test_aliases_are_the_control_tokens_and_their_spelling_is_text(made: Tokenizer) -> None:
+    assert made.control_pattern is not None
     for text in TEXTS:
         aliased = made.control_pattern.sub(lambda found: made.alias(found.group()), text)
         assert made.encode_aliased([aliased])[0].ids.tolist() == made.encode(text).ids.tolist()
@@ -77,6 +78,7 @@ def test_what_cannot_be_loaded(tmp_path) -> None:
 def test_unigram_vocabularies_hold_their_control_tokens_as_pieces_and_still_spell_them_as_text() -> None:
     """Here `split_special_tokens` of transformers finds `</s>` as a piece of the vocabulary: ours must not."""
     made = Tokenizer(hf_tokenizer("unigram", None, "</s>"))
+    assert made.control_pattern is not None
     for text in TEXTS:
         aliased = made.control_pattern.sub(lambda found: made.alias(found.group()), text)
         assert made.encode_aliased([aliased])[0].ids.tolist() == made.encode(text).ids.tolist()

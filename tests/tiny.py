@@ -19,9 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
 
 from mlxlora import architecture, mlxlm
+from mlxlora.parameters import flat
 from tests import families
 from tests.families import VOCABULARY
 
@@ -55,7 +56,7 @@ def network(family: str, seed: int = 0, *, dtype: mx.Dtype = mx.float32, **chang
     """
     built = mlxlm.build(architecture.spelled_both_ways(config(family, **changes)))
     key = mx.random.key(seed)
-    names = [name for name, _ in tree_flatten(built.parameters())]
+    names = list(flat(built.parameters()))
     keys = dict(zip(names, mx.random.split(key, len(names)), strict=True))
 
     def draw(name: str, old: mx.array) -> mx.array:
@@ -153,14 +154,19 @@ def model_directory(
             class_predicate=lambda _, m: hasattr(m, "to_quantized") and m.weight.shape[-1] % wanted["group_size"] == 0,
         )
         settings["quantization"] = settings["quantization_config"] = wanted
-    tensors = dict(tree_flatten(built.parameters()))
-    mx.save_safetensors(
-        str(path / "model.safetensors"), tensors, metadata={"format": "pt" if quantize is None else "mlx"}
-    )
+    kind = "pt" if quantize is None else "mlx"
+    mx.save_safetensors(str(path / "model.safetensors"), flat(built.parameters()), metadata={"format": kind})
     (path / "config.json").write_text(json.dumps(settings, indent=2))
     (path / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "pad_token_id": 0}))
     tokenizer(path, template=template)
     return path
+
+
+def tensors(file: Path) -> dict[str, mx.array]:
+    """The arrays of a file, as MLX itself reads them."""
+    found: Any = mx.load(str(file))
+    assert isinstance(found, dict)
+    return found
 
 
 def with_logits(directory: Path, deviation: float) -> Path:
@@ -168,13 +174,13 @@ def with_logits(directory: Path, deviation: float) -> Path:
     from mlxlora.model import load_network
 
     file = directory / "model.safetensors"
-    tensors: dict[str, Any] = mx.load(str(file))  # type: ignore[assignment]
+    arrays = tensors(file)
     found = float(mx.std(load_network(directory)[0](mx.arange(11, 400, 20)[None])))
     stored_less_one = "gemma" in json.loads((directory / "config.json").read_text())["model_type"]
-    for name in [name for name in tensors if name.startswith("model.norm.")]:
+    for name in [name for name in arrays if name.startswith("model.norm.")]:
         less = 1.0 if stored_less_one and name.endswith("weight") else 0.0
-        tensors[name] = (tensors[name] + less) * (deviation / found) - less
-    mx.save_safetensors(str(file), tensors, metadata={"format": "pt"})
+        arrays[name] = (arrays[name] + less) * (deviation / found) - less
+    mx.save_safetensors(str(file), arrays, metadata={"format": "pt"})
     return directory
 
 
@@ -214,7 +220,7 @@ def adapter_directory(path: Path, model: Path, *, seed: int = 0, size: float = 0
     adapters.inject(built, wanted, seed=seed)
     key = mx.random.key(seed + 1)
     drawn = {}
-    for name, value in tree_flatten(built.trainable_parameters()):
+    for name, value in flat(built.trainable_parameters()).items():
         key, now = mx.random.split(key)
         drawn[name] = value + size * mx.random.normal(value.shape, key=now) / value.shape[-1] ** 0.5
     built.load_weights(list(drawn.items()), strict=False)

@@ -7,12 +7,12 @@ import shutil
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.tuner.utils import linear_to_lora_layers, load_adapters
 
 from mlxlora.adapters import AdapterConfig, Adapters, collect, inject, load_adapter, read_adapter, remove, save_adapter
 from mlxlora.adapters.files import find, parse_spec
 from mlxlora.errors import AdapterError, InputError
+from mlxlora.parameters import flat
 from tests import tiny
 
 TOKENS = mx.arange(3, 23)[None]
@@ -60,7 +60,7 @@ def test_we_compute_the_same_with_an_adapter_of_mlx_lm(dora, keys, tmp_path, clo
     linear_to_lora_layers(network, 1, parameters, use_dora=dora)
     trained = [
         (name, array + 0.02 * mx.random.normal(array.shape, key=mx.random.key(i)))
-        for i, (name, array) in enumerate(tree_flatten(network.trainable_parameters()))
+        for i, (name, array) in enumerate(flat(network.trainable_parameters()).items())
     ]
     network.load_weights(trained, strict=False)
     expected = network(TOKENS)
@@ -172,12 +172,12 @@ class TestRefusals:
         self.refused(good, "lora, dora or full")
 
     def test_tensors_that_would_replace_base_weights(self, good):
-        tensors = mx.load(str(good / "adapters.safetensors"))
+        tensors = tiny.tensors(good / "adapters.safetensors")
         self.rewrite(good, {**tensors, "model.layers.0.self_attn.q_proj.weight": mx.zeros((32, 32))})
         self.refused(good, "q_proj.weight", "replace a weight of the base")
 
     def test_all_problems_at_once(self, good):
-        tensors = mx.load(str(good / "adapters.safetensors"))
+        tensors = tiny.tensors(good / "adapters.safetensors")
         del tensors["model.layers.0.self_attn.q_proj.lora_b"]
         tensors["model.layers.1.self_attn.q_proj.lora_a"] = mx.zeros((32, 5))
         tensors["model.embed_tokens.weight"] = mx.zeros((4, 4))
@@ -186,7 +186,7 @@ class TestRefusals:
         assert len(error.problems) == 3
 
     def test_not_finite(self, good):
-        tensors = mx.load(str(good / "adapters.safetensors"))
+        tensors = tiny.tensors(good / "adapters.safetensors")
         name = "model.layers.0.self_attn.q_proj.lora_b"
         tensors[name] = tensors[name] * float("nan")
         self.rewrite(good, tensors)

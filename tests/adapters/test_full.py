@@ -4,10 +4,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora.adapters import AdapterConfig, collect, inject, remove
 from mlxlora.errors import ConfigError
+from mlxlora.parameters import flat
 from tests import tiny
 
 TOKENS = mx.arange(24)[None]
@@ -22,12 +22,12 @@ def loss(network):
 def test_the_forward_pass_does_not_change(family):
     network = tiny.network(family, dtype=mx.bfloat16)
     before = network(TOKENS)
-    names = [path for path, _ in tree_flatten(network.parameters())]
+    names = list(flat(network.parameters()))
     injection = inject(network, AdapterConfig(type="full"))
     after = network(TOKENS)
     assert after.dtype == before.dtype == mx.bfloat16
     assert mx.array_equal(after, before)
-    trained = dict(tree_flatten(network.trainable_parameters()))
+    trained = flat(network.trainable_parameters())
     assert sorted(trained) == sorted(names), "paths stay as they are"
     assert {array.dtype for array in trained.values()} == {mx.float32}
     assert injection.trainable == injection.total
@@ -63,12 +63,12 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
 
 def test_everything_comes_back():
     network = tiny.network("llama", dtype=mx.bfloat16)
-    arrays = {path: id(array) for path, array in tree_flatten(network.parameters())}
+    arrays = {path: id(array) for path, array in flat(network.parameters()).items()}
     classes = [type(module) for module in network.modules()]
     inject(network, AdapterConfig(type="full"))
     network.update({"lm_head": {"weight": mx.zeros((512, 32))}})
     remove(network)
-    assert {path: id(array) for path, array in tree_flatten(network.parameters())} == arrays
+    assert {path: id(array) for path, array in flat(network.parameters()).items()} == arrays
     assert [type(module) for module in network.modules()] == classes
     assert all("_narrow" not in vars(module) for module in network.modules())
 
@@ -76,7 +76,7 @@ def test_everything_comes_back():
 def test_only_what_was_asked_for_trains():
     network = tiny.network("llama")
     injection = inject(network, AdapterConfig(type="full", targets=["attention", "norm"], layers=1))
-    names = {path for path, _ in tree_flatten(network.trainable_parameters())}
+    names = set(flat(network.trainable_parameters()))
     expected = {f"model.layers.1.self_attn.{n}_proj.weight" for n in "qkvo"} | {"model.norm.weight"}
     assert names == expected
     assert set(injection.paths) == {name.removesuffix(".weight") for name in expected}

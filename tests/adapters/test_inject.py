@@ -3,11 +3,11 @@
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 from mlx_lm.models import llama, qwen3_moe
 
 from mlxlora.adapters import AdapterConfig, LoRALinear, adapter_layers, inject, injected, remove
 from mlxlora.errors import ConfigError, UnsupportedError
+from mlxlora.parameters import flat
 
 COMMON = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100,
@@ -29,7 +29,9 @@ def mixture():
 
 
 def leaves(network):
-    return {path.split("layers.", 1)[-1].split(".", 1)[-1] for path in injected(network).paths}
+    injection = injected(network)
+    assert injection is not None
+    return {path.split("layers.", 1)[-1].split(".", 1)[-1] for path in injection.paths}
 
 
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -97,18 +99,18 @@ def test_only_adapters_train_and_everything_comes_back(build):
     network.layers[1].freeze()
     tokens = mx.arange(12)[None]
     modules = {path: id(module) for path, module in network.named_modules()}
-    trainable = [path for path, _ in tree_flatten(network.trainable_parameters())]
+    trainable = list(flat(network.trainable_parameters()))
     attributes = set(vars(network))
     before = network(tokens)
     injection = inject(network, AdapterConfig(targets=["all-linear", "embed_tokens", "lm_head"]), seed=3)
-    names = [path for path, _ in tree_flatten(network.trainable_parameters())]
+    names = list(flat(network.trainable_parameters()))
     assert {name.rsplit(".", 1)[1] for name in names} == {"lora_a", "lora_b"}
     assert {name.rsplit(".", 1)[0] for name in names} == set(injection.paths)
-    assert injection.trainable == sum(a.size for _, a in tree_flatten(network.trainable_parameters()))
+    assert injection.trainable == sum(a.size for a in flat(network.trainable_parameters()).values())
     assert mx.array_equal(network(tokens), before)
     remove(network)
     assert {path: id(module) for path, module in network.named_modules()} == modules
-    assert [path for path, _ in tree_flatten(network.trainable_parameters())] == trainable
+    assert list(flat(network.trainable_parameters())) == trainable
     assert set(vars(network)) == attributes
     assert mx.array_equal(network(tokens), before)
 
@@ -120,7 +122,7 @@ def quantized(network):
 
 def test_totals_count_unpacked_weights():
     plain, packed = inject(dense(), AdapterConfig()), inject(quantized(dense()), AdapterConfig())
-    assert plain.total == packed.total == sum(a.size for _, a in tree_flatten(dense().parameters()))
+    assert plain.total == packed.total == sum(a.size for a in flat(dense().parameters()).values())
 
 
 def test_start_depends_on_seed_and_path_alone():
@@ -152,7 +154,7 @@ def test_a_refusal_leaves_the_model_alone():
     with pytest.raises(ConfigError):
         inject(network, AdapterConfig(targets=["q_proj", "nope"]))
     assert not any(isinstance(module, LoRALinear) for module in network.modules())
-    assert len(tree_flatten(network.trainable_parameters())) == len(tree_flatten(network.parameters()))
+    assert len(flat(network.trainable_parameters())) == len(flat(network.parameters()))
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Several adapters on one model: y = base + Σ sᵢ (adapterᵢ − base), for every kind of layer."""
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -130,7 +132,8 @@ def test_a_language_model_has_them(tmp_path, stir, close):
     expected = loaded(TOKENS)
     save_adapter(tmp_path / "run" / "adapter", collect(loaded, base=model.fingerprint(directory)))
     network, config = model.load_network(directory)
-    language_model = model.LanguageModel(network, None, config, directory)
+    tokenizer: Any = None
+    language_model = model.LanguageModel(network, tokenizer, config, directory)
     base = network(TOKENS)
     language_model.adapters.add_spec(f"{tmp_path / 'run'}=1")
     close(network(TOKENS), expected)
@@ -138,7 +141,7 @@ def test_a_language_model_has_them(tmp_path, stir, close):
     assert mx.array_equal(network(TOKENS), base)
     other = tiny.model_directory(tmp_path / "other", "llama", seed=4)
     with pytest.raises(AdapterError, match="was made for"):
-        model.LanguageModel(network, None, config, other).adapters.add(tmp_path / "run")
+        model.LanguageModel(network, tokenizer, config, other).adapters.add(tmp_path / "run")
 
 
 def test_quantized_bases(stir, close):

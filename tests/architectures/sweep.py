@@ -21,13 +21,13 @@ SECONDS = 240
 def examine(model_type: str) -> dict[str, Any]:
     """Build, adapt, step; what came out."""
     import mlx.core as mx
-    from mlx.utils import tree_flatten
 
     from mlxlora import mlxlm
     from mlxlora.adapters import AdapterConfig, inject
     from mlxlora.engine import Engine, EngineConfig, packing_refusal
     from mlxlora.errors import MlxLoraError
     from mlxlora.objectives import sft
+    from mlxlora.parameters import flat
     from tests import reference
     from tests.architectures import small
 
@@ -35,7 +35,7 @@ def examine(model_type: str) -> dict[str, Any]:
     try:
         network = mlxlm.build(small.config(model_type))
         mx.eval(network.parameters())
-        for path, array in tree_flatten(network.parameters()):
+        for path, array in flat(network.parameters()).items():
             if not mx.all(mx.isfinite(array)).item():
                 return {"state": "not built", "reason": "its weights start as no numbers"}
             if mx.issubdtype(array.dtype, mx.floating) and not mx.any(array != 0).item():

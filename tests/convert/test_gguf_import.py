@@ -8,10 +8,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora.errors import FormatError, UnsupportedError
 from mlxlora.model import load, load_network
+from mlxlora.parameters import flat
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.gguf_import import import_gguf
@@ -58,8 +58,8 @@ def test_there_and_back(tmp_path: Path, family: str, changes: dict[str, Any]) ->
     assert done.dtype == "float32" and done.kept == 0
     old, _ = load_network(before)
     new, _ = load_network(tmp_path / "after")
-    weights: dict[str, Any] = dict(tree_flatten(new.parameters()))
-    for name, value in tree_flatten(old.parameters()):
+    weights: dict[str, Any] = flat(new.parameters())
+    for name, value in flat(old.parameters()).items():
         # gemma keeps its norms minus one: adding and taking away one rounds
         close = (
             np.allclose(value, weights[name], atol=2e-7, rtol=0)
@@ -72,7 +72,7 @@ def test_there_and_back(tmp_path: Path, family: str, changes: dict[str, Any]) ->
 
 @pytest.mark.parametrize("kind", ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4"])
 def test_a_quantization_that_mlx_has_is_kept_bit_for_bit(tmp_path: Path, kind: Any) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 96}
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96}
     before = tiny.model_directory(tmp_path / "before", "llama", dtype=mx.float16, **sizes)
     first = export_gguf(before, tmp_path / "first.gguf", type=kind)
     done = import_gguf(first.path, tmp_path / "after")
@@ -109,8 +109,8 @@ def test_another_dtype(tmp_path: Path, dtype: Any) -> None:
     import_gguf(file, tmp_path / "after", dtype=dtype)
     old, _ = load_network(before)
     new, _ = load_network(tmp_path / "after")
-    weights: dict[str, Any] = dict(tree_flatten(new.parameters()))
-    for name, value in tree_flatten(old.parameters()):
+    weights: dict[str, Any] = flat(new.parameters())
+    for name, value in flat(old.parameters()).items():
         assert mx.array_equal(value.astype(getattr(mx, dtype)), weights[name]), name
 
 

@@ -2,14 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora import model, weights
 from mlxlora.adapters import Adapters
 from mlxlora.errors import ConfigError, InputError, UnsupportedError
+from mlxlora.parameters import flat
 from mlxlora_convert import checkpoint_layout, checkpoint_rules
 from mlxlora_convert.export import export
 from mlxlora_convert.hf_options import HuggingFaceOptions
@@ -28,9 +29,7 @@ def test_out_and_back_is_the_same_model(tmp_path: Path, family: str) -> None:
     source = tiny.model_directory(tmp_path / "source", family)
     result = export(str(source), "hf", tmp_path / "out", check=False)
     assert any("KL 0 nats" in note for note in result.notes), result.notes
-    before, after = (
-        dict(tree_flatten(model.load_network(path)[0].parameters())) for path in (source, tmp_path / "out")
-    )
+    before, after = (flat(model.load_network(path)[0].parameters()) for path in (source, tmp_path / "out"))
     assert before.keys() == after.keys() and all(mx.array_equal(before[name], after[name]) for name in before)
     for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
         assert (source / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
@@ -58,7 +57,9 @@ def test_names_are_those_of_the_checkpoint(tmp_path: Path, family: str, theirs: 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral", "deepseek_v3"])
 def test_quantization_is_undone(tmp_path: Path, family: str) -> None:
-    changes = {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32} if family == "deepseek_v3" else {}
+    changes: dict[str, Any] = (
+        {"kv_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32} if family == "deepseek_v3" else {}
+    )
     source = tiny.model_directory(tmp_path / "source", family, quantize={"bits": 4}, **changes)
     result = export(str(source), "hf", tmp_path / "out", check=False)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -130,6 +131,6 @@ def test_every_architecture_of_the_table_is_tried() -> None:
 def test_every_tensor_goes_somewhere() -> None:
     for family in KNOWN:
         network = tiny.network(family)
-        tensors = dict(tree_flatten(network.parameters()))
+        tensors = flat(network.parameters())
         given = checkpoint_layout.to_checkpoint(tensors, tiny.config(family))
         assert sum(t.size for t in given.values()) == sum(t.size for t in tensors.values())

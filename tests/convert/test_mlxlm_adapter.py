@@ -10,7 +10,6 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora import mlxlm
 from mlxlora.adapters.files import Adapter, read_adapter, save_adapter
@@ -18,6 +17,7 @@ from mlxlora.adapters.live import attach
 from mlxlora.cli import main
 from mlxlora.errors import AdapterError, ConfigError, FormatError, InputError, UnsupportedError
 from mlxlora.model import load_network
+from mlxlora.parameters import flat
 from mlxlora_convert.export import export, import_
 from mlxlora_convert.lowrank import LowRank
 from mlxlora_convert.mlxlm_options import MlxLmOptions
@@ -37,12 +37,12 @@ def by_mlxlm(model: Path, out: Path, *, kind: str = "lora", layers: int = 2, **p
     settings = {"rank": 4, "scale": 3.0, "dropout": 0.0, **parameters}
     network.freeze()
     mlxlm.module("tuner.utils").linear_to_lora_layers(network, layers, settings, use_dora=kind == "dora")
-    for number, (name, array) in enumerate(tree_flatten(network.trainable_parameters())):
+    for number, (name, array) in enumerate(flat(network.trainable_parameters()).items()):
         if not name.endswith(".m"):
             noise = 0.2 * mx.random.normal(array.shape, key=mx.random.key(number))
             network.load_weights([(name, noise)], strict=False)
     out.mkdir()
-    mx.save_safetensors(str(out / "adapters.safetensors"), dict(tree_flatten(network.trainable_parameters())))
+    mx.save_safetensors(str(out / "adapters.safetensors"), flat(network.trainable_parameters()))
     config = {"fine_tune_type": kind, "num_layers": layers, "lora_parameters": settings, "model": "somewhere"}
     (out / "adapter_config.json").write_text(json.dumps(config))
     return logits(network.eval())
@@ -105,7 +105,7 @@ def test_old_names(llama: Path, tmp_path: Path) -> None:
 def test_an_archive_without_configuration(llama: Path, tmp_path: Path) -> None:
     """adapters.npz, as in the first versions; the scale was in the program, so it must be told."""
     theirs = by_mlxlm(llama, tmp_path / "theirs")
-    tensors = mx.load(str(tmp_path / "theirs" / "adapters.safetensors"))
+    tensors = tiny.tensors(tmp_path / "theirs" / "adapters.safetensors")
     (tmp_path / "old").mkdir()
     mx.savez(str(tmp_path / "old" / "adapters.npz"), **tensors)
     with pytest.raises(AdapterError, match=r"does not say its scale.*--mlx_lm\.scale"):
@@ -135,7 +135,7 @@ def test_flat_experts_of_old(tmp_path: Path) -> None:
     model = tiny.model_directory(tmp_path / "model", "mixtral")
     theirs = by_mlxlm(model, tmp_path / "theirs")
     path = tmp_path / "theirs" / "adapters.safetensors"
-    tensors = mx.load(str(path))
+    tensors = tiny.tensors(path)
     flat = {
         name: array.reshape(-1, array.shape[-1]) if array.ndim == 3 and name.endswith("lora_a") else array
         for name, array in tensors.items()
@@ -152,7 +152,9 @@ def test_flat_experts_of_old(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3", "mixtral", "gpt2", "deepseek_v3"])
 @pytest.mark.parametrize("quantize", [None, {"bits": 4}])
 def test_written_for_mlxlm(family: str, quantize: dict[str, Any] | None, tmp_path: Path) -> None:
-    wide = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32} if family == "deepseek_v3" else {}
+    wide: dict[str, Any] = (
+        {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32} if family == "deepseek_v3" else {}
+    )
     model = tiny.model_directory(tmp_path / "model", family, quantize=quantize, **wide)
     base = BaseModel.open(str(model))
     parts = {}
@@ -180,7 +182,7 @@ def test_written_for_mlxlm(family: str, quantize: dict[str, Any] | None, tmp_pat
 
 def test_wrong_input(llama: Path, tmp_path: Path) -> None:
     by_mlxlm(llama, tmp_path / "good")
-    tensors = mx.load(str(tmp_path / "good" / "adapters.safetensors"))
+    tensors = tiny.tensors(tmp_path / "good" / "adapters.safetensors")
     config = json.loads((tmp_path / "good" / "adapter_config.json").read_text())
     q = "model.layers.0.self_attn.q_proj"
     wrong: list[tuple[str, dict[str, Any], dict[str, mx.array], type[Exception]]] = [
@@ -211,7 +213,7 @@ def test_wrong_input(llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("keep", [0, 10, 500, -30])
 def test_an_archive_cut_short(keep: int, llama: Path, tmp_path: Path) -> None:
     by_mlxlm(llama, tmp_path / "good")
-    mx.savez(str(tmp_path / "whole.npz"), **mx.load(str(tmp_path / "good" / "adapters.safetensors")))
+    mx.savez(str(tmp_path / "whole.npz"), **tiny.tensors(tmp_path / "good" / "adapters.safetensors"))
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "adapters.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:keep])
     with pytest.raises(InputError):
@@ -219,7 +221,8 @@ def test_an_archive_cut_short(keep: int, llama: Path, tmp_path: Path) -> None:
 
 
 def test_an_archive_of_objects_is_not_unpickled(llama: Path, tmp_path: Path) -> None:
-    np.savez(tmp_path / "adapters.npz", **{"x.lora_a": np.array([{}], dtype=object)})
+    objects: dict[str, Any] = {"x.lora_a": np.array([{}], dtype=object)}
+    np.savez(tmp_path / "adapters.npz", **objects)
     with pytest.raises(FormatError, match="no numpy array"):
         import_(tmp_path / "adapters.npz", tmp_path / "out", model=str(llama), mlx_lm=MlxLmOptions(scale=1.0))
 

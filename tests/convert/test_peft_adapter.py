@@ -70,7 +70,7 @@ def same(one: Adapter, two: Adapter) -> bool:
 
 def damaged(exported: Path, out: Path, change: Change) -> Path:
     config = json.loads((exported / "adapter_config.json").read_text())
-    tensors = mx.load(str(exported / "adapter_model.safetensors"))
+    tensors = tiny.tensors(exported / "adapter_model.safetensors")
     change(config, tensors)
     out.mkdir()
     (out / "adapter_config.json").write_text(json.dumps(config))

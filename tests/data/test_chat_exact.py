@@ -2,6 +2,7 @@
 
 import datetime
 import re
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,7 +87,7 @@ CALLS = [
 ]
 
 
-def encoder(kind: str, family: str, **options: object) -> tuple[ChatEncoder, object]:
+def encoder(kind: str, family: str, **options: Any) -> tuple[ChatEncoder, Any]:
     marked, eos = MARKED[family]
     hf = hf_tokenizer(kind, marked, eos)
     tokenizer = Tokenizer(hf)
@@ -94,7 +95,7 @@ def encoder(kind: str, family: str, **options: object) -> tuple[ChatEncoder, obj
     return ChatEncoder(tokenizer, template, SamplesConfig(**options)), hf
 
 
-def expected(hf: object, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
+def expected(hf: Any, messages: list[dict], tools: list | None = None) -> tuple[list[int], list[int]]:
     # transformers drops the token when a stretch begins with white space that a byte-level tokenizer trimmed
     hf._tokenizer.post_processor = _untrimmed()
     answer = hf.apply_chat_template(messages, tools=tools, return_dict=True, return_assistant_tokens_mask=True)
@@ -159,7 +160,7 @@ def test_control_tokens_in_content_are_plain_text(kind: str, family: str) -> Non
     result = made.encode([read_messages({"messages": messages})])[0]
     template = re.sub(r"\{% (end)?generation %\}", "", MARKED[family][0])
     ids = hf.apply_chat_template(messages, chat_template=template, sanitize_control_tokens=True)["input_ids"]
-    assert result.sample.tokens.tolist() == ids
+    assert result.sample is not None and result.sample.tokens.tolist() == ids
     learned = result.sample.tokens[result.sample.weights > 0].tolist()
     ends = [
         number for number in learned if number in hf.all_special_ids or number in made.tokenizer.control_tokens.values()

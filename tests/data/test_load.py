@@ -48,7 +48,8 @@ def test_batches_hold_what_the_samples_hold(tmp_path: Path, tokenizer: Tokenizer
         BatchConfig(packing=True, max_length=256),
         BatchConfig(tokens_per_batch=300),
     ):
-        seen, learned_tokens = [], []
+        seen: list[int] = []
+        learned_tokens: list[int] = []
         for planned in plan_epoch(data.lengths, config, seed=1, epoch=2):
             batch = collate(data, planned)
             tokens = np.array(batch.tokens).reshape(-1)

@@ -8,6 +8,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -130,7 +131,7 @@ def test_an_archive_of_many_files_is_read_in_one_pass(
             archive.writestr(f"{'valid' if i % 3 == 0 else 'train'}-{i:02}.jsonl", lines([COMPLETION[i % 5]]))
     opened = []
     real = zipfile.ZipFile
-    monkeypatch.setattr(zipfile, "ZipFile", lambda *a, **k: opened.append(a) or real(*a, **k))
+    monkeypatch.setattr(zipfile, "ZipFile", lambda *a, **k: (opened.append(a), real(*a, **k))[1])
     splits = load(tmp_path / "a.zip", tokenizer, SamplesConfig(cache=tmp_path / "cache"))
     assert len(splits.train) == 40 and splits.valid is not None and len(splits.valid) == 20
     assert splits.train.origin(39).endswith("a.zip!train-59.jsonl:1") and len(opened) <= 4
@@ -164,10 +165,8 @@ def test_a_validation_file_and_a_validation_split(jsonl: Callable[..., Path], to
     assert one.valid.fingerprint == two.valid.fingerprint
     origins = {data.origin(i) for data in (one.train, one.valid) for i in range(len(data))}
     assert len(origins) == 100
-    assert (
-        load(different, tokenizer, SamplesConfig(validation_split=0.1), seed=4).valid.fingerprint
-        != one.valid.fingerprint
-    )
+    third = load(different, tokenizer, SamplesConfig(validation_split=0.1), seed=4).valid
+    assert third is not None and third.fingerprint != one.valid.fingerprint
 
 
 def test_equal_samples_stay_on_one_side_of_the_split(jsonl: Callable[..., Path], tokenizer: Tokenizer) -> None:
@@ -239,7 +238,7 @@ def test_rows_for_other_objectives() -> None:
 
 
 def test_tool_calls_in_every_shape() -> None:
-    shapes = [
+    shapes: list[dict[str, Any]] = [
         {"tool_calls": [{"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}]},
         {"tool_calls": [{"function": {"name": "f", "arguments": {"x": 1}}}]},
         {"tool_calls": [{"name": "f", "arguments": {"x": 1}}]},

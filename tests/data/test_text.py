@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,7 +13,7 @@ from mlxlora.tokenizer import Tokenizer
 LONG = " ".join(f"word {i}" for i in range(200))
 
 
-def texts(tokenizer: Tokenizer, rows: list[str], **options: object) -> Dataset:
+def texts(tokenizer: Tokenizer, rows: list[str], **options: Any) -> Dataset:
     return from_rows([{"text": text} for text in rows], tokenizer, SamplesConfig(**options))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ TALK = [
 ]
 
 
-def learned(tokenizer: Tokenizer, rows: list, **options: object) -> str:
+def learned(tokenizer: Tokenizer, rows: list, **options: Any) -> str:
     sample = from_rows(rows, tokenizer, SamplesConfig(**options))[0]
     return tokenizer.decode(sample.tokens[sample.weights > 0])
 
@@ -46,7 +48,7 @@ def test_loss_on_all_is_everything_but_the_first_token(tokenizer: Tokenizer) -> 
 
 
 def test_weights_of_messages(tokenizer: Tokenizer) -> None:
-    talk = [dict(message) for message in TALK]
+    talk: list[dict[str, Any]] = [dict(message) for message in TALK]
     talk[2]["train"] = False
     talk[4]["weight"] = 0.25
     sample = from_rows([talk], tokenizer)[0]
@@ -234,9 +236,11 @@ def test_offsets_and_weights_hold_on_many_texts(tokenizer: Tokenizer) -> None:
     random = np.random.default_rng(0)
     letters = list("ab \n\t.é🙂東<>|{}")
     config = SamplesConfig()
-    encoder = ChatEncoder(tokenizer, ChatTemplate(tokenizer.chat_template), config)
+    encoder = ChatEncoder(tokenizer, ChatTemplate(str(tokenizer.chat_template)), config)
     said = ["".join(random.choice(letters, random.integers(1, 12))) + "x" for _ in range(400)]
     rows = [talk(*said[index : index + 4]) for index in range(0, 400, 4)]
     for messages, item in zip(rows, encoder.encode([read_messages({"messages": row}) for row in rows]), strict=True):
-        said = tokenizer.decode(item.sample.tokens[item.sample.weights > 0])
-        assert said == "".join(message["content"] + "<|im_end|>" for message in messages[1::2])
+        assert item.sample is not None
+        assert tokenizer.decode(item.sample.tokens[item.sample.weights > 0]) == "".join(
+            message["content"] + "<|im_end|>" for message in messages[1::2]
+        )

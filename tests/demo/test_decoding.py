@@ -16,7 +16,7 @@ def test_batches_agree_with_one_prompt_at_a_time() -> None:
     for prompt, answer in zip(prompts, answers, strict=True):
         tokens = list(prompt)
         for token in answer:  # no cache, no batch: the whole text again for every token
-            assert int(mx.argmax(model(mx.array([tokens]))[0, -1]).item()) == token
+            assert mx.argmax(model(mx.array([tokens]))[0, -1]).item() == token
             tokens.append(token)
         assert len(answer) == 12
 

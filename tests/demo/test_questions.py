@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 
 from mlxlora.demo import corpus, names, questions
-from mlxlora.demo.score import is_right, results_agree, run_query
+from mlxlora.demo.score import Row, is_right, results_agree, run_query
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,8 @@ def test_no_chat_in_the_corpus_answers_with_sql() -> None:
 
 
 def test_order_counts_only_where_it_is_asked_for() -> None:
-    one, two = [(1,), (2,)], [(2,), (1,)]
+    one: list[Row] = [(1,), (2,)]
+    two = one[::-1]
     assert results_agree(one, two, ordered=False)
     assert not results_agree(one, two, ordered=True)
     assert results_agree([(0.1 + 0.2,)], [(0.3,)], ordered=True)

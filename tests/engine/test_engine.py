@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data import Batch
@@ -17,6 +17,7 @@ from mlxlora.engine.engine import Engine
 from mlxlora.engine.masks import Steering, layout_of
 from mlxlora.engine.packing import end_to_end
 from mlxlora.objectives.sft import sft
+from mlxlora.parameters import flat
 from tests import reference, tiny
 
 FAMILIES = [
@@ -97,7 +98,7 @@ def test_packed_rows_are_their_samples_apart(family: str) -> None:
     made = reference.samples([23, 40, 9, 30, 17], tiny.VOCABULARY)
     value, _, grads = reference.step(network, reference.padded(made))
     for attention in ("linear", "plain"):
-        engine = Engine(network, EngineConfig(attention=attention, attention_chunk=16))  # type: ignore[arg-type]
+        engine = Engine(network, EngineConfig(attention=attention, attention_chunk=16))
         total, _, _, slopes = engine.value_and_grad(sft, reference.batch([made[:3], made[3:]]))
         assert total.item() == pytest.approx(value.item(), rel=1e-6)
         assert reference.gradient_error(slopes, grads) < 1e-5
@@ -112,7 +113,7 @@ def test_rows_laid_end_to_end() -> None:
         before, after = (one.tokens.reshape(-1)[one.loss_positions] for one in (batch, joined))
         assert mx.array_equal(before, after)
         assert joined.segments is not None
-        segments = joined.segments[0].tolist()
+        segments: Any = joined.segments[0].tolist()
         assert [segments.count(number) for number in range(3)] == [72, 129, 28]
         assert end_to_end(joined, traced=traced) is joined
     even = reference.padded(reference.samples([32, 31, 32], tiny.VOCABULARY))
@@ -135,18 +136,22 @@ def test_positions_begin_anew_in_each_document() -> None:
 
 
 @pytest.mark.parametrize("compiled", ["always", "never"])
-def test_padding_is_left_out_of_the_step(compiled: Any) -> None:
+def test_padding_is_left_out_of_the_step(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a model that documents can share is given has no padding; one that cannot pack is given the rows."""
-    lengths, seen = [60, 200, 90], {}
+    lengths = [60, 200, 90]
+    seen: dict[str, list[Any]] = {}
     batch = reference.padded(reference.samples(lengths, tiny.VOCABULARY))
     for family in ("llama", "gpt2"):
         network = adapted(family)
         engine = Engine(network, EngineConfig(compile=compiled))
         shapes = seen.setdefault(family, [])
         layout = engine._layout
-        engine._layout = lambda given, layout=layout, shapes=shapes: (shapes.append(given.tokens.shape), layout(given))[
-            1
-        ]
+
+        def watched(given: Batch, layout: Any = layout, shapes: list[Any] = shapes) -> Any:
+            shapes.append(given.tokens.shape)
+            return layout(given)
+
+        monkeypatch.setattr(engine, "_layout", watched)
         value, _, grads = reference.step(network, batch)
         total, _, _, slopes = engine.value_and_grad(sft, batch)
         assert total.item() == pytest.approx(value.item(), rel=1e-6)
@@ -217,7 +222,7 @@ def test_live_adapters_are_each_block_s_own(tmp_path):
 
     trained = tiny.network("llama", num_hidden_layers=3)
     inject(trained, AdapterConfig(rank=4))
-    for index, (path, array) in enumerate(tree_flatten(trained.trainable_parameters())):
+    for index, (path, array) in enumerate(flat(trained.trainable_parameters()).items()):
         trained.update(tree_unflatten([(path, mx.random.normal(array.shape, key=mx.random.key(index)) * 0.3)]))
     save_adapter(tmp_path / "adapter", collect(trained))
     network = tiny.network("llama", num_hidden_layers=3)
@@ -243,7 +248,7 @@ def test_waiting_for_each_block_changes_nothing(monkeypatch: pytest.MonkeyPatch)
         waited.clear()
         _, _, _, grads = engine.value_and_grad(sft, batch)
         counts.append(len(waited))
-        found.append(dict(tree_flatten(grads)))
+        found.append(flat(grads))
         engine.close()
     assert counts[1] >= counts[0] + 2 * 3  # each of three blocks, there and back
     assert all(mx.array_equal(found[0][name], found[1][name]) for name in found[0])

@@ -55,7 +55,8 @@ def sound_mlxlm() -> Path:
     (folder / "adapter_config.json").write_text(json.dumps(config))
     tensors = {f"{Q}.lora_a": mx.ones((32, 2)), f"{Q}.lora_b": mx.ones((2, 32))}
     mx.save_safetensors(str(folder / "adapters.safetensors"), tensors)
-    np.savez(scratch() / "adapters.npz", **{name: np.array(array) for name, array in tensors.items()})
+    arrays: dict[str, Any] = {name: np.array(array) for name, array in tensors.items()}
+    np.savez(scratch() / "adapters.npz", **arrays)
     return folder
 
 

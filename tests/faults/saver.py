@@ -8,6 +8,7 @@ Every weight is a function of the one before it, so a state that was restored wr
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -29,6 +30,11 @@ def advance(state: TrainingState) -> TrainingState:
     )
 
 
+def write(adapter: dict[str, mx.array], folder: Path) -> None:
+    """The adapter of a step."""
+    save_safetensors(folder / "adapters.safetensors", adapter)
+
+
 def main() -> None:
     """Run to the end, saying on stdout when a save begins and ends."""
     path, steps, count = Path(sys.argv[1]), int(sys.argv[2]), int(float(sys.argv[3]) * 1e6) // 12
@@ -40,13 +46,10 @@ def main() -> None:
             state = TrainingState(0, 0, 0, {"a": mx.arange(count, dtype=mx.uint32)}, empty, {"sum": 0})
         while state.step < steps:
             state = advance(state)
-            adapter = state.adapter
             print("saving", state.step, flush=True)
             run.save(
                 state,
-                adapter_writer=lambda folder, adapter=adapter: save_safetensors(
-                    folder / "adapters.safetensors", adapter
-                ),
+                adapter_writer=partial(write, state.adapter),
                 best=state.step % 3 == 0,
                 keep=2,
             )

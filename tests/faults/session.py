@@ -93,7 +93,7 @@ def start(model: Path, data: Path, out: Path, options: dict[str, Any]) -> BasePr
 def begin(function: Any, *arguments: Any) -> BaseProcess:
     """Begin a function of this module in a process of its own."""
     kind = "forkserver" if sys.platform == "linux" else "spawn"  # forking after import is no good on a Mac
-    context = multiprocessing.get_context(kind)
+    context: Any = multiprocessing.get_context(kind)
     if kind == "forkserver":
         context.set_forkserver_preload(["tests.faults.preload"])
     process = context.Process(target=function, args=arguments)

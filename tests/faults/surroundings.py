@@ -28,13 +28,14 @@ def look() -> dict[str, Any]:
         for _, kind in sorted(vars(module).items())
         if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == name
     ]
+    seeds: Any = mx.random.state
     return {
         "limits": {n: list(resource.getrlimit(getattr(resource, n))) for n in dir(resource) if n.startswith("RLIMIT_")},
         "signals": {s.name: str(signal.getsignal(s)) for s in signal.Signals},
         "environment": dict(os.environ),
         "folder": os.getcwd(),  # noqa: PTH109
         "umask": (os.umask(0o22), os.umask(0o22))[1],
-        "random": [str(mx.random.state[0].tolist()), str(random.getstate()), str(np.random.get_state())],
+        "random": [str([key.tolist() for key in seeds]), str(random.getstate()), str(np.random.get_state())],
         "hooks": [str(sys.excepthook), str(sys.gettrace()), sys.getrecursionlimit(), str(threading.excepthook)],
         "logging": [str(logging.getLogger().handlers), logging.getLogger().level],
         "warnings": [str(entry) for entry in warnings.filters],

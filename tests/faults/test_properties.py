@@ -30,7 +30,7 @@ DTYPES = {
 }  # fmt: skip
 UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 BY_SIZE = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
-names = st.text(st.characters(exclude_categories=("Cs",)), max_size=20).filter(lambda name: name != "__metadata__")
+names = st.text(st.characters(exclude_categories=["Cs"]), max_size=20).filter(lambda name: name != "__metadata__")
 
 
 @st.composite
@@ -80,7 +80,7 @@ def test_safetensors_come_back_bit_for_bit(given_tensors: dict[str, mx.array], m
     tensors,
     tensors,
     st.tuples(*[st.integers(0, 2**53)] * 3),
-    st.dictionaries(st.text(st.characters(exclude_categories=("Cs",)), max_size=8), json_values, max_size=4),
+    st.dictionaries(st.text(st.characters(exclude_categories=["Cs"]), max_size=8), json_values, max_size=4),
 )
 def test_a_checkpoint_comes_back_bit_for_bit(
     adapter: dict[str, mx.array],

@@ -91,7 +91,7 @@ def test_one_before_the_first_step_leaves_nothing(place: Path) -> None:
 
 def test_a_stop_does_not_wait_for_a_validation_and_the_run_ends_the_same(place: Path) -> None:
     options = {"training.steps": 8, "training.validate_every": 4, "training.save_every": 100, "adapter.dropout": 0.1}
-    paths = [place / "model", place / "data.jsonl"]
+    paths = (place / "model", place / "data.jsonl")
     session.run(*paths, place / "calm", options)
 
     def at(step: int) -> tuple[Control, list[Event]]:

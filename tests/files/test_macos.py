@@ -6,13 +6,14 @@ Names, types and numbers are Apple's: `int renamex_np(const char *from, const ch
 
 import ctypes
 import errno
+import fcntl
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-import mlxlora.files.publish as publishing
 from mlxlora.files import new_directory, write_whole
 
 RENAME_SWAP, F_FULLFSYNC = 0x2, 51
@@ -39,10 +40,10 @@ class Library:
 @pytest.fixture
 def mac(monkeypatch: pytest.MonkeyPatch) -> Library:
     library = Library()
-    monkeypatch.setattr(publishing.sys, "platform", "darwin")
-    monkeypatch.setattr(publishing.ctypes, "CDLL", lambda name, use_errno: library)
-    monkeypatch.setattr(publishing.fcntl, "F_FULLFSYNC", F_FULLFSYNC, raising=False)
-    monkeypatch.setattr(publishing.fcntl, "fcntl", lambda handle, command: os.fstat(handle) and 0)
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name, use_errno: library)
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", F_FULLFSYNC, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda handle, command: os.fstat(handle) and 0)
     return library
 
 
@@ -89,8 +90,8 @@ def test_what_is_published_is_flushed_to_the_platter(
         names[handle] = Path(path).name
         return handle
 
-    monkeypatch.setattr(publishing.os, "open", open_named)
-    monkeypatch.setattr(publishing.fcntl, "fcntl", lambda handle, command: asked.append((names[handle], command)))
+    monkeypatch.setattr(os, "open", open_named)
+    monkeypatch.setattr(fcntl, "fcntl", lambda handle, command: asked.append((names[handle], command)))
     made(tmp_path / "adapter", "x")
     write_whole(tmp_path / "run.json", "{}")
     assert {command for _, command in asked} == {F_FULLFSYNC}
@@ -105,7 +106,7 @@ def test_a_file_system_that_cannot_do_that_is_flushed_as_usual(
     def refuse(handle: int, command: int) -> int:
         raise OSError(errno.ENOTSUP, "not supported")
 
-    monkeypatch.setattr(publishing.fcntl, "fcntl", refuse)
-    monkeypatch.setattr(publishing.os, "fsync", flushed.append)
+    monkeypatch.setattr(fcntl, "fcntl", refuse)
+    monkeypatch.setattr(os, "fsync", flushed.append)
     made(tmp_path / "adapter", "x")
     assert len(flushed) >= 3  # the file, its directory, and the one above

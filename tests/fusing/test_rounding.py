@@ -40,7 +40,7 @@ def test_the_grid_and_the_packing_are_those_of_mlx(mode):
     grid = Grid.of(layer)
     assert grid.step.shape == (48, 256 // mode[2])
     values = np.array(weights.dense(layer)) + 0.3 * np.abs(grid.step).repeat(mode[2], 1)
-    near = np.array(weights.dense(_on_grid(layer, values, None)))
+    near = np.array(weights.dense(_on_grid(layer, values.astype(np.float32), None)))
     points = grid.levels[np.isfinite(grid.levels)]
     step, offset = (array.repeat(mode[2], 1) for array in (grid.step, grid.offset))
     for row in range(0, 48, 7):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlxlora.adapters import read_adapter, write_adapter
 from mlxlora.files import write_json
@@ -276,4 +277,4 @@ def listed(path: Path) -> list[str]:
 
 def tensors(path: Path) -> dict[str, bytes]:
     """Every tensor of a safetensors file, as bytes."""
-    return {name: bytes(memoryview(mx.view(value.flatten(), mx.uint8))) for name, value in mx.load(str(path)).items()}
+    return {name: np.array(mx.view(value.flatten(), mx.uint8)).tobytes() for name, value in tiny.tensors(path).items()}

@@ -4,11 +4,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
 
 from mlxlora import model as models
 from mlxlora.adapters import AdapterConfig, adapter_layers, inject
 from mlxlora.merge import _ties
+from mlxlora.parameters import flat
 from tests import tiny
 
 torch = pytest.importorskip("torch", reason="pip install torch==2.13.0 transformers peft")
@@ -68,7 +68,7 @@ def test_same_logits_gradients_and_folded_weights(directory, kind, settings):
     np.testing.assert_allclose(np.array(logits), theirs.detach().numpy(), atol=1e-5)
     wanted = torch.from_numpy(TOKENS[:, 1:]).reshape(-1)
     torch.nn.functional.cross_entropy(theirs[:, :-1].reshape(-1, theirs.shape[-1]), wanted).backward()
-    for name, gradient in tree_flatten(gradients):
+    for name, gradient in flat(gradients).items():
         path, _, part = name.rpartition(".")
         expected = parameters[f"base_model.model.{path}.{NAMES[part]}"].grad.numpy()
         expected = expected.T if part != "m" else expected

@@ -66,7 +66,7 @@ def requantized(good: Path, target: Path, kind: str) -> Path:
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"])
 def test_quantizations_that_mlx_has_not_become_numbers(tmp_path: Path, kind: str) -> None:
-    sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+    sizes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
     directory = tiny.model_directory(tmp_path / "model", "llama", **sizes)
     good = export_gguf(directory, tmp_path / "good.gguf", type="f32").path
     file = requantized(good, tmp_path / "k.gguf", kind)
@@ -87,7 +87,11 @@ def test_kept_quantizations_give_llama_cpps_logits(tmp_path: Path, family: str, 
 def test_longrope(tmp_path: Path) -> None:
     factors = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 2.0, 4.0, 7.0]}
     scaling = {"rope_type": "longrope", "type": "longrope", **factors, "original_max_position_embeddings": 32}
-    changes = {"rope_scaling": scaling, "original_max_position_embeddings": 32, "max_position_embeddings": 512}
+    changes: dict[str, Any] = {
+        "rope_scaling": scaling,
+        "original_max_position_embeddings": 32,
+        "max_position_embeddings": 512,
+    }
     directory = tiny.model_directory(tmp_path / "model", "phi3", **changes)
     written = export_gguf(directory, tmp_path / "model.gguf", type="f32")
     # MLX takes the long factors whatever the length; llama.cpp does for contexts beyond the original one
@@ -105,12 +109,12 @@ def test_longrope(tmp_path: Path) -> None:
 def test_the_language_model_of_a_multimodal_gemma(tmp_path: Path) -> None:
     import json
 
-    from mlx.utils import tree_flatten
+    from mlxlora.parameters import flat
 
     inner = tiny.config("gemma3_text", hidden_size=64)
     directory = tiny.model_directory(tmp_path / "model", "gemma3_text", hidden_size=64)
     text = tiny.network("gemma3_text", hidden_size=64)
-    tensors = {f"language_model.{name}": value for name, value in tree_flatten(text.parameters())}
+    tensors = {f"language_model.{name}": value for name, value in flat(text.parameters()).items()}
     tensors.pop("language_model.lm_head.weight", None)
     mx.save_safetensors(str(directory / "model.safetensors"), tensors, metadata={"format": "mlx"})
     outer = {"model_type": "gemma3", "text_config": inner, "vocab_size": tiny.VOCABULARY, "eos_token_id": 2}

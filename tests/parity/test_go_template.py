@@ -54,7 +54,7 @@ def test_go_itself_writes_what_jinja_writes(go: Go, bos: str) -> None:
 
 def test_our_reading_of_a_conversation_is_theirs(go: Go) -> None:
     """Messages of one role in a row, odd spaces, braces: whatever the template makes of them."""
-    requests = [
+    requests: list[dict[str, Any]] = [
         {"source": translate(source, VARIABLES, date=DATE)[0], "messages": [{"role": r, "content": c} for r, c in one]}
         for source in TEMPLATES.values()
         for one in LONGER

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -76,7 +77,7 @@ def test_there_and_back(tmp_path: Path, family: str) -> None:
 )
 @pytest.mark.parametrize("quantize", [None, {"bits": 8}])
 def test_the_text_model_of_a_multimodal_one(
-    tmp_path: Path, outer: str, family: str, changes: dict[str, object], quantize: dict[str, int] | None
+    tmp_path: Path, outer: str, family: str, changes: dict[str, Any], quantize: dict[str, int] | None
 ) -> None:
     source = tiny.model_directory(tmp_path / "source", family, quantize, **changes)
     inside = {f"language_model.{name}": tensor for name, tensor in weights.read(source).items()}

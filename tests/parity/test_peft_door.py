@@ -9,6 +9,8 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxlora_convert.peft_export import to_peft
+
 pytest.importorskip("torch", reason="pip install torch transformers peft")
 pytest.importorskip("peft", reason="pip install torch transformers peft")
 
@@ -55,10 +57,9 @@ def test_transformers_own_files_of_a_mixture(tmp_path: Path) -> None:
 
 def test_an_export_that_reads_differently_is_not_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model_directory(tmp_path / "model", "llama")
-    right = peft_adapter.to_peft
 
     def wrong(*args: Any, **kwargs: Any) -> Any:
-        state = right(*args, **kwargs)
+        state = to_peft(*args, **kwargs)
         state.config["lora_alpha"] *= 2
         return state
 

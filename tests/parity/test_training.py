@@ -9,7 +9,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+
+from mlxlora.parameters import flat
 
 torch = pytest.importorskip("torch", reason="pip install torch transformers peft")
 peft = pytest.importorskip("peft", reason="pip install torch transformers peft")
@@ -54,7 +55,7 @@ class Pair:
         self.torch = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).eval()
         self.ours = {  # our parameter's name: PEFT's tensor, and whether it is turned
             f"{path}.{part}": (f"base_model.model.{names.to_hf(path)}.{theirs}", turned)
-            for path in {name.rpartition(".")[0] for name, _ in tree_flatten(self.network.trainable_parameters())}
+            for path in {name.rpartition(".")[0] for name in flat(self.network.trainable_parameters())}
             for part, theirs, turned in (
                 ("lora_a", "lora_A.default.weight", True),
                 ("lora_b", "lora_B.default.weight", True),

@@ -124,7 +124,7 @@ def trainer(config: TrainingConfig, rows: Rows | None = None, **options: Any) ->
     return Trainer(
         network=network,
         engine=PlainEngine(network),
-        objective=objective,
+        objective=objective,  # type: ignore[arg-type]  # its scores are PlainEngine's
         batches=rows,
         optimizer=optimizer,
         config=config,

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -106,8 +107,8 @@ def test_every_optimizer_descends_and_resumes_bit_for_bit(name: str) -> None:
     whole = Optimizer(config, steps=20)
     whole.init(start)
     end = run(start, whole, range(20))
-    assert sum(mx.abs(gradient).sum().item() for gradient in gradients(end).values()) < sum(
-        mx.abs(gradient).sum().item() for gradient in gradients(start).values()
+    assert sum(float(mx.abs(gradient).sum()) for gradient in gradients(end).values()) < sum(
+        float(mx.abs(gradient).sum()) for gradient in gradients(start).values()
     )
     first = Optimizer(config, steps=20)
     first.init(start)
@@ -185,7 +186,7 @@ def stepped(config: OptimizerConfig, updates: int = 2) -> dict[str, mx.array]:
 
 
 def test_momentum() -> None:
-    common = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0}
+    common: dict[str, Any] = {"name": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0}
     plain = stepped(OptimizerConfig(**common, momentum=0.0))["vector"]
     heavy = stepped(OptimizerConfig(**common, momentum=0.5))["vector"]
     assert plain.tolist() == pytest.approx([0.98] * 2)
@@ -193,7 +194,13 @@ def test_momentum() -> None:
 
 
 def test_what_is_decayed() -> None:
-    common = {"name": "adamw", "learning_rate": 0.1, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0.5}
+    common: dict[str, Any] = {
+        "name": "adamw",
+        "learning_rate": 0.1,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "weight_decay": 0.5,
+    }
     matrices = stepped(OptimizerConfig(**common, decay_min_dims=2), 1)
     everything = stepped(OptimizerConfig(**common, decay_min_dims=0), 1)
     nothing = stepped(OptimizerConfig(**common, decay_min_dims=3), 1)
