@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxlora.commands import command
 from mlxlora.data import Batch, BatchConfig, Dataset, SamplesConfig, collate, plan_epoch
 from mlxlora.data import load as load_data
 from mlxlora.engine import Engine, EngineConfig
@@ -89,8 +90,8 @@ class Comparison:
     def next(self) -> str:
         """The command that comes next: fuse what is better, look closer at what is not."""
         if self.verdict.startswith("better"):
-            return f"mlxlora fuse --model {self.model} --adapter {' '.join(self.adapter)} --out DIR"
-        return f"mlxlora report {' '.join(one.partition('=')[0] for one in self.adapter)}"
+            return command("fuse", model=self.model, adapter=self.adapter, out="DIR")
+        return command("report", *(one.partition("=")[0] for one in self.adapter))
 
 
 def shortened(text: str, width: int = 100) -> str:

@@ -15,6 +15,7 @@ from mlx.utils import tree_map, tree_map_with_path
 
 from mlxlora import architecture, files, hub, mlxlm, probe, sentencepiece_model, torch_weights, weights
 from mlxlora import model as models
+from mlxlora.commands import command
 from mlxlora.errors import ConfigError, ModelError
 from mlxlora.parameters import flat
 from mlxlora.progress import Progress
@@ -69,7 +70,7 @@ class Conversion:
         lines += [f"mlx-lm against transformers: {self.reference}"] if self.reference else []
         lines += [f"Tokenizer equal to sentencepiece on {self.tokenizer} strings"] if self.tokenizer else []
         lines += [f"Warning: {text}" for text in self.warnings]
-        return "\n".join([*lines, "", f"next: mlxlora train --model {self.out} --data PATH --out RUN"])
+        return "\n".join([*lines, "", f"next: {command('train', model=self.out, data='PATH', out='RUN')}"])
 
 
 def convert(

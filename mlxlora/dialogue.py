@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlxlora import mlxlm
+from mlxlora.commands import command
 from mlxlora.errors import ConfigError, MlxLoraError, nearest
 from mlxlora.files import write_whole
 from mlxlora.generate import SamplingConfig, stream
@@ -160,7 +161,7 @@ def _save(dialogue: Dialogue, rest: str) -> str:
     if not rest:
         raise ConfigError("Write /save FILE, such as /save good.jsonl.")
     count = dialogue.save(Path(rest))
-    return f"saved to {rest} ({count} rows); train on it: mlxlora train --data {rest}"
+    return f"saved to {rest} ({count} rows); train on it: {command('train', data=rest)}"
 
 
 def _system(dialogue: Dialogue, rest: str) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from mlxlora.commands import command
 from mlxlora.data import BatchConfig, Dataset, SamplesConfig, collate, plan_epoch
 from mlxlora.data import load as load_data
 from mlxlora.engine import Engine, EngineConfig
@@ -62,11 +63,10 @@ class Evaluation:
         if self.adapted is not None:
             change = self.adapted.loss - self.base.loss
             lines.append(f"  with {' and '.join(self.adapter)}: {self.adapted} ({change:+.4f})")
-        place = f"--data {self.data}"
         if self.adapter:
-            after = f"mlxlora compare --model {self.model} --adapter {' '.join(self.adapter)} {place}"
+            after = command("compare", model=self.model, adapter=self.adapter, data=self.data)
         else:
-            after = f"mlxlora train --model {self.model} --data PATH --out RUN"
+            after = command("train", model=self.model, data="PATH", out="RUN")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), "", f"next: {after}"])
 
 

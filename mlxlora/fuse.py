@@ -16,6 +16,7 @@ from mlxlora.adapters.files import parse_spec
 from mlxlora.adapters.inject import get_module, set_module
 from mlxlora.adapters.layer import base_of
 from mlxlora.adapters.live import LiveLayer
+from mlxlora.commands import command
 from mlxlora.errors import ConfigError, InputError, MlxLoraError
 from mlxlora.fusing import writing
 from mlxlora.fusing.divergence import find_probe
@@ -64,7 +65,7 @@ class FuseResult:
                 lines.append(f"This is more than the bound of {self.max_kl:g}, as accepted.")
         lines.append(f"{files.human_bytes(self.bytes_before)} → {files.human_bytes(self.bytes)}")
         lines += [self.check] if self.check else []
-        return "\n".join([*lines, "", f"next: mlxlora chat --model {self.out}"])
+        return "\n".join([*lines, "", f"next: {command('chat', model=self.out)}"])
 
 
 def fuse(

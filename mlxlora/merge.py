@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mlxlora import files
 from mlxlora.adapters.files import Adapter, Module, parse_spec, read_adapter, save_adapter
+from mlxlora.commands import command
 from mlxlora.errors import AdapterError, ConfigError, Problem, UnsupportedError
 from mlxlora.progress import Progress
 
@@ -50,7 +51,7 @@ class MergeResult:
             lost = f"relative error {self.error:.2g} (most in {self.worst}: {self.worst_error:.2g})"
         return (
             f"{self.out}: {self.method} of {names}, {self.modules} modules, rank {self.rank}, {lost}\n\n"
-            f"next: mlxlora chat --model MODEL --adapter {self.out}"
+            f"next: {command('chat', model='MODEL', adapter=self.out)}"
         )
 
 

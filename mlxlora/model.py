@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlxlora import architecture, checkpoint_names, files, hub, mlxlm, sentencepiece_model, weights
 from mlxlora.adapters import Adapters
+from mlxlora.commands import command
 from mlxlora.errors import ModelError, Problem
 from mlxlora.parameters import flat
 from mlxlora.progress import Progress
@@ -159,7 +160,7 @@ def load_tokenizer(path: Path | str, *, trust_remote_code: bool = False) -> Toke
     if sentencepiece_model.needed(path):
         raise ModelError(
             f"{path} has its tokenizer as a sentencepiece file alone. Convert the model, which makes a fast tokenizer "
-            f"of it and checks that both encode alike: mlxlora convert --model {path} --out DIR"
+            f"of it and checks that both encode alike: {command('convert', model=path, out='DIR')}"
         )
     return Tokenizer.load(path, trust_remote_code=trust_remote_code)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlxlora import hub
 from mlxlora.adapters import AdapterConfig, inject, remove
+from mlxlora.commands import command
 from mlxlora.data import SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.engine import EngineConfig
@@ -88,7 +89,7 @@ class Plan:
             )
         lines += self.contexts()
         if self.chosen is not None:
-            lines += ["", f"next: mlxlora train --model {self.model} --data {' '.join(self.data)} --out RUN"]
+            lines += ["", f"next: {command('train', model=self.model, data=self.data, out='RUN')}"]
         return "\n".join(lines)
 
     def contexts(self) -> list[str]:

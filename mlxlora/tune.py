@@ -24,6 +24,7 @@ import yaml
 
 from mlxlora import hub
 from mlxlora.adapters import AdapterConfig
+from mlxlora.commands import command
 from mlxlora.data import SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.errors import ConfigError, Problem, RunError
@@ -141,7 +142,7 @@ class TuneResult:
         lines.append(f"memory: batches of up to {self.batch_size:,} samples of the greatest length fit")
         lines.append(f"best: {self.flags}")
         lines.append(f"picture: {self.picture}")
-        lines += ["", f"next: mlxlora train --config {shlex.quote(str(self.out / 'best.yaml'))} --out RUN"]
+        lines += ["", f"next: {command('train', config=self.out / 'best.yaml', out='RUN')}"]
         return "\n".join(lines)
 
 

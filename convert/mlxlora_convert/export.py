@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxlora.commands import command
 from mlxlora.errors import ConfigError, MlxLoraError, Problem
 from mlxlora.files import human_bytes, new_directory, refuse_existing, sync
 from mlxlora.progress import Progress
@@ -50,7 +51,7 @@ class ExportResult:
         lines = [f"{self.out}: {FORMATS[self.format].title}, {len(self.files)} files, {human_bytes(self.bytes)}"]
         lines += [str(self.check)] if self.check else []
         folder = self.out if FORMATS[self.format].suffix == "" else self.out.parent
-        return "\n".join([*lines, *self.notes, "", f"next: mlxlora upload {folder} --repo OWNER/NAME"])
+        return "\n".join([*lines, *self.notes, "", f"next: {command('upload', folder, repo='OWNER/NAME')}"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def import_(
     with new_directory(out) as scratch:
         job = ImportJob(scratch, model, options, revision, trust_remote_code, on_progress, source)
         notes = module(chosen.reader).read(job)
-    trial = f"mlxlora chat --model {model} --adapter {out}" if chosen.adapter else f"mlxlora chat --model {out}"
+    trial = command("chat", model=model, adapter=out) if chosen.adapter else command("chat", model=out)
     return ImportResult(name, source, out, tuple(notes), trial)
 
 

@@ -35,6 +35,7 @@ from mlxlora.adapters.checks import (
     shape_problems,
 )
 from mlxlora.adapters.config import MAX_SCALE
+from mlxlora.commands import command
 from mlxlora.errors import AdapterError, FormatError, InputError, Problem
 
 
@@ -189,7 +190,7 @@ def find(path: str | Path) -> Path:
     if not path.exists():
         raise AdapterError(f"There is no adapter at {path}.")
     if (path / "adapter_model.safetensors").is_file():
-        raise AdapterError(f"{path} is an adapter of Hugging Face PEFT. Make it ours first: mlxlora import {path}")
+        raise AdapterError(f"{path} is an adapter of Hugging Face PEFT. Make it ours first: {command('import', path)}")
     raise AdapterError(
         f"{path} holds neither an adapter ({CONFIG}, {WEIGHTS}) nor a run with one in best/ or adapter/."
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mlxlora import hub
+from mlxlora.commands import command
 from mlxlora.data.batches import plan_epoch
 from mlxlora.data.config import BatchConfig, SamplesConfig
 from mlxlora.data.counts import Counts
@@ -102,7 +103,7 @@ class DataCheck:
         lines += [f"  ! {finding}" for finding in self.findings]
         if self.html:
             lines.append(f"all of it as a page: {self.html}")
-        lines += ["", f"next: mlxlora train --model {self.model} --data {' '.join(self.data)} --out RUN"]
+        lines += ["", f"next: {command('train', model=self.model, data=self.data, out='RUN')}"]
         return "\n".join(lines)
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
+from mlxlora.commands import command
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.formats import SHAREGPT_ROLES
 from mlxlora.data.json_rows import Row
@@ -56,7 +57,7 @@ class DataConversion:
             lines.append(f"{self.coerced:,} messages of unknown roles were given one of {', '.join(ROLES)}")
         if self.dropped:
             lines.append(f"{self.dropped:,} messages of unknown roles were left out")
-        lines += ["", f"next: mlxlora data check {self.out} --model DIR"]
+        lines += ["", f"next: {command('data check', self.out, model='DIR')}"]
         return "\n".join(lines)
 
 

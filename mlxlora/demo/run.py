@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlxlora import files
+from mlxlora.commands import command
 from mlxlora.demo.questions import Question, held_out_questions, training_questions
 from mlxlora.demo.score import is_right, run_query
 from mlxlora.errors import ConfigError, InputError
@@ -95,7 +96,7 @@ class DemoResult:
             f"  after:  {self.after}",
             f"  run:    {self.rows}",
             "",
-            f"next: mlxlora chat --model {self.out / 'deployed'}",
+            f"next: {command('chat', model=self.out / 'deployed')}",
         ]
         return "\n".join(lines)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlxlora.commands import command
 from mlxlora.errors import RunError
 from mlxlora.files import human_bytes, read_json, read_yaml, refuse_no_page, write_whole
 from mlxlora.reporting.clock import clock
@@ -23,8 +23,8 @@ class ReportResult:
     runs: list[Path]
 
     def __str__(self) -> str:
-        heldout = f"next: mlxlora compare --model MODEL --adapter {self.runs[0]} --data HELDOUT"
-        return f"wrote {self.report}. Open it in a browser.\n\n{heldout}"
+        heldout = command("compare", model="MODEL", adapter=self.runs[0], data="HELDOUT")
+        return f"wrote {self.report}. Open it in a browser.\n\nnext: {heldout}"
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,7 @@ def describe(run: Run) -> dict[str, Any]:
     samples = run.of("samples")
     first, last = (samples[0], samples[-1]) if samples else ({}, {})
     before = dict(zip(first.get("prompts", []), first.get("answers", []), strict=False))
-    command = shlex.join(
-        ["mlxlora", "chat", "--model", str(run.config.get("model", "MODEL")), "--adapter", str(run.path)]
-    )
+    here = {"model": run.config.get("model", "MODEL"), "adapter": run.path}
     return {
         "name": run.name,
         "cards": cards(run),
@@ -116,7 +114,7 @@ def describe(run: Run) -> dict[str, Any]:
             {"prompt": prompt, "before": before.get(prompt, ""), "after": answer}
             for prompt, answer in zip(last.get("prompts", []), last.get("answers", []), strict=False)
         ],
-        "commands": f"{command}\n{command.replace(' chat ', ' fuse ', 1)} --out {shlex.quote(run.name + '-fused')}",
+        "commands": f"{command('chat', **here)}\n{command('fuse', **here, out=f'{run.name}-fused')}",
     }
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlxlora.commands import command
 from mlxlora.data import DataSplits
 from mlxlora.files import plain
 from mlxlora.reporting.jsonl import append, read
@@ -53,9 +54,9 @@ class FinetuneResult:
             lines.append(f"validation loss {self.baseline_loss:.4f} before, {best}")
         lines.append(f"adapter: {self.adapter}")
         if self.reason != "stopped":
-            lines += ["", f"next: mlxlora chat --model {self.model} --adapter {self.run}"]
+            lines += ["", f"next: {command('chat', model=self.model, adapter=self.run)}"]
         else:
-            lines += ["", f"next: mlxlora train --config {self.run / 'config.yaml'}"]
+            lines += ["", f"next: {command('train', config=self.run / 'config.yaml')}"]
         return "\n".join(lines)
 
 
