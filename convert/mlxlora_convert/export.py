@@ -48,10 +48,10 @@ class ExportResult:
     notes: tuple[str, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.out}: {FORMATS[self.format].title}, {len(self.files)} files, {human_bytes(self.bytes)}"]
+        count = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
+        lines = [f"{self.out}: {FORMATS[self.format].title}, {count}, {human_bytes(self.bytes)}"]
         lines += [str(self.check)] if self.check else []
-        folder = self.out if FORMATS[self.format].suffix == "" else self.out.parent
-        return "\n".join([*lines, *self.notes, "", f"next: {command('upload', folder, repo='OWNER/NAME')}"])
+        return "\n".join([*lines, *self.notes, "", f"next: {command('upload', self.out, repo='OWNER/NAME')}"])
 
 
 @dataclass(frozen=True, slots=True)

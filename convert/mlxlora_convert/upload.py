@@ -103,7 +103,7 @@ def upload(
     The list of files is told before the first byte is sent. The token is that of `hf auth login`, or HF_TOKEN.
 
     Args:
-        source: a run directory (its best adapter is sent), or the directory to send
+        source: a run directory (its best adapter is sent), the directory to send, or a GGUF file
         repo: name on the hub: OWNER/NAME; made when it does not exist
         private: only you see it; an existing public repository is refused unless this is false
         base: hub id of the base model, for the card; not given: as far as the files tell
@@ -118,8 +118,9 @@ def upload(
         raise ConfigError(f"--repo '{repo}' must be OWNER/NAME.")
     source = Path(source)
     directory = _directory(source)
-    kind = _kind(directory)
-    chosen, left_out = _chosen(directory, kind)
+    alone = source.is_file()  # what lies beside a file that is named is nobody's business
+    kind = "gguf" if alone else _kind(directory)
+    chosen, left_out = ([source.name], []) if alone else _chosen(directory, kind)
     run = Run.read(source if source.is_dir() else source.parent)
     text = _card(directory, run, Subject(repo, kind, base, license), card_file)
     with tempfile.TemporaryDirectory(prefix="mlxlora-upload-") as scratch:
@@ -134,11 +135,13 @@ def upload(
 
 
 def _directory(source: Path) -> Path:
-    """The directory whose files go: of a run, that of its best adapter."""
+    """The directory whose files go: of a run, that of its best adapter; of a GGUF file, where it lies."""
     if not source.exists():
         raise InputError(f"{source} does not exist.")
     if source.is_file():
-        raise InputError(f"{source} is a file. Name the directory that holds it.")
+        if source.suffix != ".gguf":
+            raise InputError(f"{source} is a file. Name the directory that holds it, or a GGUF file.")
+        return source.parent
     if any(path.match(mark) for path in source.iterdir() for mark, _ in KINDS.values()):
         return source
     return adapters.find(source)

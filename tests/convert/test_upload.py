@@ -5,11 +5,13 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import yaml
 
 from mlxlora.adapters import AdapterConfig
 from mlxlora.cli import main
@@ -177,6 +179,21 @@ def test_only_files_of_the_list_go(hub: Hub, run: Path, tmp_path: Path) -> None:
     result = upload(folder, "someone/tuned", endpoint=hub.address)
     assert result.left_out == (".env", "data/", "notes.txt", "optimizer.safetensors")
     assert not hub.committed.keys() & {".env", "notes.txt", "optimizer.safetensors"}
+
+
+def test_a_file_that_is_named_goes_alone(hub: Hub, run: Path, tmp_path: Path) -> None:
+    """What `export --to gguf` says comes next must not send what lies beside its result."""
+    model = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    (tmp_path / "private.gguf").write_bytes(b"not to be sent")
+    written = export(model, "gguf", tmp_path / "mine.gguf", check=False)
+    said = shlex.split(str(written).rpartition("next: ")[2])
+    assert said == ["mlxlora", "upload", str(tmp_path / "mine.gguf"), "--repo", "OWNER/NAME"]
+    result = upload(Path(said[2]), "someone/model", endpoint=hub.address)
+    assert hub.committed.keys() == {"mine.gguf", "README.md"} and result.left_out == ()
+    assert hub.committed["mine.gguf"] == (tmp_path / "mine.gguf").read_bytes()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="or a GGUF file"):
+        upload(tmp_path / "notes.txt", "someone/model", endpoint=hub.address)
 
 
 def test_an_existing_public_repository_is_refused_unless_meant(hub: Hub, run: Path) -> None:
