@@ -117,7 +117,7 @@ def convert(
         warnings = architecture.silently_wrong(architecture.spelled_both_ways(architecture.read_config(source)))
         with files.new_directory(out) as scratch:
             kept, strings = _write(plan, path, scratch, on_progress)
-            result = _result(scratch, kept, plan)
+            result = _result(scratch, plan)
             difference, reference, unchecked = _compare(plan, path, scratch, on_progress) if check else (None, None, [])
     return Conversion(
         out=out,
@@ -193,7 +193,7 @@ def _cast(network: nn.Module, dtype: mx.Dtype) -> None:
     network.update(tree_map_with_path(change, network.parameters()))
 
 
-def _result(scratch: Path, kept: list[Kept], plan: _Plan) -> dict[str, Any]:
+def _result(scratch: Path, plan: _Plan) -> dict[str, Any]:
     index = files.read_json(scratch / "model.safetensors.index.json")["metadata"]
     size, parameters = int(index["total_size"]), int(index["total_parameters"])
     sizes: dict[str, int] = {}

@@ -35,10 +35,11 @@ from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event
 from mlxlora.training.forecast import outlook
 from mlxlora.training.identity import check_accepted, identify
-from mlxlora.training.loop import Trainer, count_steps, count_validations
+from mlxlora.training.loop import Trainer
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 from mlxlora.training.pace import Host, Pace
 from mlxlora.training.run import RunDirectory
+from mlxlora.training.steps import count_steps, count_validations
 
 
 def finetune(

@@ -221,11 +221,11 @@ def explain(message: str, known: list[str]) -> str:
             f"--{name}" if name in known else name.upper() for name in match[1].replace(",", " ").split()
         )
     if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.S):
-        return explain_value(match, known)
+        return explain_value(match)
     return message
 
 
-def explain_value(match: re.Match[str], known: list[str]) -> str:
+def explain_value(match: re.Match[str]) -> str:
     """What a value is, and what it must be."""
     what = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[2]).replace("typing.", "")
     inner = re.search(r'Parser key "(\w+)"', what)  # the field of a group that may also be left out

@@ -24,8 +24,8 @@ from mlxlora.reporting.clock import clock
 from mlxlora.training.choice import GRADES, Prepared, advice, prepare, shapes
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.forecast import Forecast, Forecaster, Shape, outlook
-from mlxlora.training.loop import count_steps, count_validations
 from mlxlora.training.optimizer import OptimizerConfig
+from mlxlora.training.steps import count_steps, count_validations
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LONG = 4096  # tokens of a row: in longer ones nothing is cut up otherwise, so memory goes on in a line

@@ -19,7 +19,7 @@ from mlxlora.data.dataset import Dataset
 from mlxlora.data.findings import PLACES, Finding, Findings
 from mlxlora.data.load import DataSplits, load
 from mlxlora.data.look import Looker
-from mlxlora.data.reader import OTHER_OBJECTIVES, Encoder
+from mlxlora.data.reader import OTHER_OBJECTIVES
 from mlxlora.data.show import Shown, for_page, for_terminal, shown
 from mlxlora.errors import ConfigError
 from mlxlora.files import refuse_no_page, write_whole
@@ -160,7 +160,7 @@ def check(
         data=tuple(str(item) for item in data),
         model=model,
         formats=tuple(sorted(set(splits.formats.values()))),
-        template=_template_name(tokenizer, samples, looker.encoder),
+        template=_template_name(tokenizer, samples),
         rows=counts.rows,
         samples=len(train),
         validation=len(splits.valid) if splits.valid else 0,
@@ -226,7 +226,7 @@ def _look_at_counts(counts: Counts, findings: Findings) -> None:
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
-def _template_name(tokenizer: Tokenizer, config: SamplesConfig, encoder: Encoder) -> str:
+def _template_name(tokenizer: Tokenizer, config: SamplesConfig) -> str:
     if config.template:
         return config.template
     return "the model's own" if tokenizer.chat_templates else "none (plain text)"

@@ -42,6 +42,7 @@ from mlxlora.training.events import (
 )
 from mlxlora.training.optimizer import Optimizer
 from mlxlora.training.pace import Pace
+from mlxlora.training.steps import epochs_of
 from mlxlora.training.validation import evaluate
 
 
@@ -49,28 +50,6 @@ def key_for(seed: int, step: int, micro: int) -> mx.array:
     """The dropout key of one micro-batch."""
     digest = hashlib.sha256(f"{seed}/{step}/{micro}".encode()).digest()
     return mx.random.key(int.from_bytes(digest[:8], "little"))
-
-
-def count_steps(batches: Batches, config: TrainingConfig) -> int:
-    """How many updates `config` asks for."""
-    if config.steps is not None:
-        return config.steps
-    epochs = config.epochs if config.epochs is not None else 2.0
-    whole = int(epochs)
-    steps = sum(steps_in(batches, config, epoch) for epoch in range(whole))
-    if epochs > whole:
-        steps += math.ceil((epochs - whole) * steps_in(batches, config, whole))
-    return max(steps, 1)
-
-
-def steps_in(batches: Batches, config: TrainingConfig, epoch: int) -> int:
-    """How many updates one epoch comes to; the last may see fewer micro-batches."""
-    return math.ceil(len(batches.plan(epoch)) / config.accumulate)
-
-
-def count_validations(batches: Batches, config: TrainingConfig, steps: int) -> int:
-    """How often a run of `steps` updates validates, the look before its first step included."""
-    return 1 + math.ceil(steps / (config.validate_every or steps_in(batches, config, 0)))
 
 
 @dataclass(kw_only=True, eq=False)
@@ -139,7 +118,7 @@ class Trainer:
         yield Started(
             step=self.step,
             steps=self.optimizer.steps,
-            epochs=self.epochs_of(self.optimizer.steps),
+            epochs=epochs_of(self.batches, self.config, self.optimizer.steps),
             samples=self.batches.samples,
             trainable_parameters=sum(value.size for value in self.parameters.values()),
             total_parameters=count_weights(self.network),
@@ -183,15 +162,6 @@ class Trainer:
             self.step, self.epoch_now(), reason or self.last_reason(), last, self.counters.best_loss,
             self.counters.best_step, self.elapsed, mx.get_peak_memory(),
         )  # fmt: skip
-
-    def epochs_of(self, steps: int) -> float:
-        """How many epochs so many updates come to."""
-        done, epoch = 0, 0
-        while True:
-            here = steps_in(self.batches, self.config, epoch)
-            if done + here >= steps:
-                return epoch + (steps - done) / here
-            done, epoch = done + here, epoch + 1
 
     def epoch_now(self) -> float:
         """Epochs done, with the share of the current one."""

@@ -21,8 +21,9 @@ from mlxlora.errors import ConfigError, TrainingError
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Checkpoint, Control, Event, Finished, Started, Step, Validation
-from mlxlora.training.loop import Trainer, count_steps
+from mlxlora.training.loop import Trainer
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
+from mlxlora.training.steps import count_steps
 
 VOCABULARY, WIDTH = 7, 5
 
