@@ -13,9 +13,9 @@ from mlxlora import model as models
 from mlxlora import weights as weight_files
 from mlxlora.adapters import weights
 from mlxlora.adapters.files import parse_spec
+from mlxlora.adapters.heads import in_place
 from mlxlora.adapters.inject import get_module, set_module
 from mlxlora.adapters.layer import base_of
-from mlxlora.adapters.live import LiveLayer
 from mlxlora.commands import command
 from mlxlora.errors import ConfigError, InputError, MlxLoraError
 from mlxlora.fusing import writing
@@ -120,8 +120,8 @@ def fuse(
     for spec in adapter:
         place, scale = parse_spec(spec)
         adapters.add(place, scale=scale, any_base=any_base)
-    slots = [layer for _, layer in language_model.network.named_modules() if isinstance(layer, LiveLayer)]
-    kinds = list({kind for slot in slots if (kind := weights.quantization(slot.base)) is not None})
+    slots = in_place(language_model.network)
+    kinds = list({kind for slot in slots.values() if (kind := weights.quantization(slot.base)) is not None})
     forced = dequantize or bits is not None
     forms = forced_forms(kinds, bits, dequantize) if forced else automatic_forms(kinds)
     text = find_probe(language_model, probe, [parse_spec(spec)[0] for spec in adapter])

@@ -29,8 +29,9 @@ MODES: dict[str, dict[str, Any]] = {
 def made(tmp_path, stir):
     """A model, adapters on it, and the logits of their sum."""
 
-    def make(family="llama", mode=None, size=0.05, scales=(1.0,), **settings):
-        directory = tiny.model_directory(tmp_path / "model", family, quantize=MODES[mode] if mode else None)
+    def make(family="llama", mode=None, size=0.05, scales=(1.0,), changes=None, **settings):
+        packed = MODES[mode] if mode else None
+        directory = tiny.model_directory(tmp_path / "model", family, quantize=packed, **(changes or {}))
         paths = []
         for number, _ in enumerate(scales):
             network, _ = models.load_network(directory)
@@ -143,6 +144,34 @@ def test_untouched_layers_keep_their_bytes(made, tmp_path):
     changed = {name for name in before.keys() | after.keys() if not mx.array_equal(before[name], after[name])}
     assert changed <= {f"model.layers.1.self_attn.q_proj.{part}" for part in ("weight", "scales", "biases")}
     assert changed
+
+
+MLA = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "forced"),
+    [
+        ("4bit", "lora", {}),
+        ("mxfp8", "dora", {}),
+        ("4bit", "lora", {"bits": 6}),
+        ("8bit", "lora", {"dequantize": True}),
+    ],
+)
+def test_the_split_projection_of_latent_attention(made, tmp_path, mode, kind, forced):
+    directory, specs, expected = made(
+        "deepseek_v3", mode, size=0.03, changes=MLA, type=kind, targets=["attention"], scales=(0.8, 0.5)
+    )
+    result = fuse(str(directory), specs, tmp_path / "out", max_kl=0.005, accept_loss=bool(forced), **forced)
+    assert result.kl <= 0.005 or forced
+    network, config = mlx_lm.load_model(tmp_path / "out")
+    assert network.layers[0].self_attn.unembed_out["weight"].dtype == mx.uint32 or "dequantize" in forced
+    got = network(TOKENS).astype(mx.float32)
+    assert float(mx.abs(mx.softmax(got, -1) - mx.softmax(expected, -1)).max()) < 0.05
+    if "dequantize" in forced:
+        assert "quantization" not in config
+        assert not any("scales" in name for name in flat(network.parameters()))
+        assert float(mx.abs(got - expected).max()) < 1e-3
 
 
 class TestForced:

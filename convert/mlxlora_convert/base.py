@@ -7,7 +7,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora.adapters import weights
+from mlxlora.adapters import heads, weights
 from mlxlora_convert.lowrank import Kind, Place
 
 
@@ -17,10 +17,13 @@ def places(network: nn.Module) -> dict[str, Place]:
         (weights.is_linear, "linear"),
         (weights.is_embedding, "embedding"),
         (weights.is_experts, "experts"),
+        (weights.is_heads, "linear"),
+        (weights.is_bare_router, "linear"),
     ]
+    modules: dict[str, nn.Module] = dict(network.named_modules())
     return {
         path: Place(kind, weights.shape(module))
-        for path, module in network.named_modules()
+        for path, module in (modules | heads.find(modules)).items()
         for fits, kind in kinds
         if fits(module)
     }
@@ -28,11 +31,14 @@ def places(network: nn.Module) -> dict[str, Place]:
 
 def tensors(network: nn.Module) -> Callable[[str], mx.array | None]:
     """A function from a tensor's name (`<path>.weight`) to its values in float32, unpacked; None where none is."""
-    modules = dict(network.named_modules())
+    modules: dict[str, nn.Module] = dict(network.named_modules())
+    modules |= heads.find(modules)
 
     def tensor(name: str) -> mx.array | None:
         path, _, leaf = name.rpartition(".")
         module = modules.get(path)
+        if leaf == "weight" and isinstance(module, weights.Heads):
+            return weights.dense(module)
         if module is None or not isinstance(module.get(leaf), mx.array):
             return None
         if leaf == "weight" and weights.quantization(module) is not None:

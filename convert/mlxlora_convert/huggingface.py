@@ -13,6 +13,7 @@ from mlx.utils import tree_map
 from mlxlora import architecture, checkpoint_names, hub, mlxlm, probe, weights
 from mlxlora import model as models
 from mlxlora.adapters import Adapters
+from mlxlora.adapters.heads import Half
 from mlxlora.adapters.inject import set_module
 from mlxlora.adapters.layer import Wrapper
 from mlxlora.errors import ModelError, Problem, UnsupportedError
@@ -69,7 +70,7 @@ def folded(job: ExportJob, path: Path, dtype: str | None = None) -> tuple[nn.Mod
     target = None if dtype is None else getattr(mx, dtype)
     _adapted(job, path, network)
     for place, layer in list(network.named_modules()):
-        if isinstance(layer, Wrapper):
+        if isinstance(layer, Wrapper) and not isinstance(layer, Half):  # the whole of it comes by itself
             set_module(network, place, layer.fuse(dequantize=True, dtype=target))
     if any("scales" in module for _, module in network.named_modules()):
         config = dequantize(network, config, target)

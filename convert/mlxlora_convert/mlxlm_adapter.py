@@ -12,16 +12,19 @@ Where a file does not say which scale it was trained with, it is refused and the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlxlora import files, mlxlm
+from mlxlora.adapters import weights
 from mlxlora.adapters.checks import CONFIG, MANIFEST, PARTS, WEIGHTS
 from mlxlora.adapters.files import Adapter, Module, write_adapter
+from mlxlora.adapters.inject import get_module
 from mlxlora.adapters.select import block_paths
 from mlxlora.errors import AdapterError, FormatError, MlxLoraError, Problem, UnsupportedError
 from mlxlora.model import load_network
@@ -42,10 +45,28 @@ def write(job: ExportJob) -> list[str]:
     """Write an adapter of ours for stock mlx-lm: one rank, one scale, no manifest."""
     model = BaseModel.open(job.base, revision=job.revision, trust_remote_code=job.trust_remote_code)
     adapter, parts = read_one(job.adapter, model, any_base=job.any_base)
+    _refuse_own_kinds(parts, model.network)
     write_adapter(job.out, from_lowrank(parts, model, dropout=adapter.dropout))
     (job.out / MANIFEST).unlink()
     ranks = {part.rank for part in parts.values()}
     return [f"mlx-lm knows one rank: {len(ranks)} ranks were filled up to {max(ranks)}."] if len(ranks) > 1 else []
+
+
+def _refuse_own_kinds(paths: Iterable[str], network: nn.Module) -> None:
+    """Raise UnsupportedError for modules on which mlx-lm knows no LoRA."""
+    modules = {path: get_module(network, path) for path in sorted(paths)}
+    why = (
+        (weights.is_heads, "mlx-lm keeps this projection of multi-head latent attention as two layers of one matrix a "
+                           "head and has no LoRA for these"),
+        (weights.is_bare_router, "mlx-lm has no LoRA for a router that holds its matrix itself"),
+    )  # fmt: skip
+    for is_one, reason in why:
+        if found := [path for path, module in modules.items() if is_one(module)]:
+            more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+            raise UnsupportedError(
+                f"{found[0]}{more}: {reason}. Fuse the adapter into the model instead (mlxlora fuse), or train without "
+                f"{found[0].rpartition('.')[2]} among its targets."
+            )
 
 
 def read_back(job: ExportJob, probe: Probe) -> ReadBack:

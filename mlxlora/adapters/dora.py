@@ -8,6 +8,8 @@ without forming V: ‖w + s·bA‖² = ‖w‖² + 2s·(wAᵀ)·b + s²·b(AAᵀ
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +17,8 @@ import mlx.nn as nn
 
 from mlxlora.adapters import weights
 from mlxlora.adapters.config import LayerConfig
-from mlxlora.adapters.lora import LoRA, LoRAEmbedding, LoRALinear
+from mlxlora.adapters.heads import Role, part
+from mlxlora.adapters.lora import LoRA, LoRAEmbedding, LoRAHeads, LoRALinear, LoRAMatrix
 
 
 class DoRA(LoRA):
@@ -23,10 +26,15 @@ class DoRA(LoRA):
 
     learned = ("lora_a", "lora_b", "m")
     m: mx.array
+    _squares: mx.array
 
     def __init__(self, layer: nn.Module, config: LayerConfig) -> None:
         super().__init__(layer, config)
         _hold_squares(self)
+
+    @abstractmethod
+    def magnitude(self) -> mx.array:
+        """m / ‖V‖: what each row is multiplied with, float32."""
 
     def adapted(self) -> mx.array:
         return _restored(self.m, super().adapted())
@@ -35,18 +43,21 @@ class DoRA(LoRA):
         return super().changes() or not mx.array_equal(self.m, mx.sqrt(self._squares)).item()
 
 
-class DoRALinear(DoRA, LoRALinear):
-    """DoRA on `nn.Linear` and `nn.QuantizedLinear`. `m` is float32 [out]."""
+class DoRAMatrix(DoRA, LoRAMatrix):
+    """DoRA on one matrix. `m` is float32 [out]."""
 
     def start(self, key: mx.array) -> None:
-        LoRALinear.start(self, key)
+        LoRAMatrix.start(self, key)
         self.m = mx.sqrt(self._squares)
 
     def magnitude(self) -> mx.array:
-        """m / ‖V‖: what each row is multiplied with, float32 [out]."""
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
-        cross = weights.matmul(self.linear, a.T.astype(weights.dtype(self.linear)))
+        cross = weights.matmul(self.base, a.T.astype(weights.dtype(self.base)))
         return self.m / _lengths(self._squares, cross.astype(mx.float32).T, a.T @ a, b.T, self.scale)
+
+
+class DoRALinear(DoRAMatrix, LoRALinear):
+    """DoRA on `nn.Linear` and `nn.QuantizedLinear`."""
 
     def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
         """What the adapter adds to `y`, the output of the base for `x`; the argument may be a `magnitude()` kept."""
@@ -60,6 +71,29 @@ class DoRALinear(DoRA, LoRALinear):
         return y + self.linear["bias"] if "bias" in self.linear else y
 
 
+class DoRAHeads(DoRAMatrix, LoRAHeads):
+    """DoRA on the `kv_b_proj` of multi-head latent attention: a magnitude for each row of that one matrix."""
+
+    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
+        """What the adapter adds to `y`, the output of a half for `x`.
+
+        The arguments are the half's role, what it does without an adapter, and perhaps a `magnitude()` kept.
+        """
+        role, base, *kept = arguments
+        return self._rows(role, base, x, kept[0] if kept else self.magnitude()) - y
+
+    def call(self, role: Role, base: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        return self._rows(role, base, x, self.magnitude())
+
+    def _rows(self, role: Role, base: Callable[[mx.array], mx.array], x: mx.array, magnitude: mx.array) -> mx.array:
+        factor = part(magnitude, self.base, role)[:, None]
+        if role == "queries":  # here the rows are what is summed over
+            x = factor.astype(x.dtype) * x
+        y = base(x)
+        y = y + LoRAHeads.effect(self, x, y, role)
+        return y if role == "queries" else factor.astype(y.dtype) * y
+
+
 class DoRAEmbedding(DoRA, LoRAEmbedding):
     """DoRA on a table of embeddings (and the head tied to it): a magnitude for each token, `m` float32 [V]."""
 
@@ -68,7 +102,6 @@ class DoRAEmbedding(DoRA, LoRAEmbedding):
         self.m = mx.sqrt(self._squares)
 
     def magnitude(self) -> mx.array:
-        """m / ‖V‖: what each row is multiplied with, float32 [V]."""
         a, b = mx.stop_gradient(self.lora_a), mx.stop_gradient(self.lora_b)
         cross = self.embedding.as_linear(b.astype(weights.dtype(self.embedding)))
         return self.m / _lengths(self._squares, cross.astype(mx.float32).T, b @ b.T, a, self.scale)

@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlxlora.adapters import full, weights
+from mlxlora.adapters import full, heads, weights
 from mlxlora.adapters.config import AdapterConfig
-from mlxlora.adapters.dora import DoRAEmbedding, DoRALinear
+from mlxlora.adapters.dora import DoRAEmbedding, DoRAHeads, DoRALinear
 from mlxlora.adapters.layer import AdapterLayer, Wrapper
-from mlxlora.adapters.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
+from mlxlora.adapters.lora import LoRAEmbedding, LoRAHeads, LoRALinear, LoRARouter, LoRASwitchLinear
 from mlxlora.adapters.select import select
 from mlxlora.errors import ConfigError, UnsupportedError
 from mlxlora.parameters import flat
@@ -26,8 +26,14 @@ LAYERS: dict[str, Layers] = {
         (weights.is_linear, LoRALinear),
         (weights.is_embedding, LoRAEmbedding),
         (weights.is_experts, LoRASwitchLinear),
+        (weights.is_heads, LoRAHeads),
+        (weights.is_bare_router, LoRARouter),
     ],
-    "dora": [(weights.is_linear, DoRALinear), (weights.is_embedding, DoRAEmbedding)],
+    "dora": [
+        (weights.is_linear, DoRALinear),
+        (weights.is_embedding, DoRAEmbedding),
+        (weights.is_heads, DoRAHeads),
+    ],
 }
 """Adapter type: which layer goes around which kind of module. A new type of adapter is one file and one entry here."""
 
@@ -157,11 +163,15 @@ def refuse_shared(network: nn.Module, chosen: dict[str, nn.Module]) -> None:
 
 
 def get_module(network: nn.Module, path: str) -> nn.Module:
-    """The module at `path`. Raises KeyError when there is none."""
+    """The module at `path` (MLA's `kv_b_proj` is one, see `heads.py`). Raises KeyError when there is none."""
     place: Any = network
     for part in path.split(".") if path else []:
         try:
-            place = place[int(part)] if isinstance(place, (list, tuple)) else place[part]
+            split = heads.of(place) if part == weights.JOINED else None
+            if split is not None:
+                place = split
+            else:
+                place = place[int(part)] if isinstance(place, (list, tuple)) else place[part]
         except (KeyError, IndexError, ValueError, TypeError):
             raise KeyError(path) from None
     if not isinstance(place, nn.Module):
@@ -175,6 +185,9 @@ def set_module(network: nn.Module, path: str, module: nn.Module) -> None:
     place: Any = network
     for part in parent.split(".") if parent else []:
         place = place[int(part)] if isinstance(place, (list, tuple)) else place[part]
+    if isinstance(module, (weights.Heads, heads.Whole)):
+        heads.put(place, module)
+        return
     place[int(name) if isinstance(place, (list, tuple)) else name] = module
 
 

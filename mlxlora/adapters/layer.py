@@ -22,8 +22,12 @@ class Wrapper(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self[self.base_name] = layer
+        self.hold(layer)
         self.train(layer.training)
+
+    def hold(self, layer: nn.Module) -> None:
+        """Keep the layer inside, where the parameters of the model are looked for."""
+        self[self.base_name] = layer
 
     @property
     def base(self) -> nn.Module:

@@ -18,10 +18,12 @@ import mlx.nn as nn
 
 from mlxlora.adapters import weights
 from mlxlora.adapters.config import LayerConfig
-from mlxlora.adapters.dora import DoRAEmbedding, DoRALinear
+from mlxlora.adapters.dora import DoRA
 from mlxlora.adapters.files import Adapter, check_scale, parse_spec, read_adapter
+from mlxlora.adapters.heads import Role, Whole
 from mlxlora.adapters.inject import get_module, injected, layer_type, set_module
 from mlxlora.adapters.layer import AdapterLayer, Wrapper, base_of
+from mlxlora.adapters.lora import with_weight
 from mlxlora.adapters.state import check_fits
 from mlxlora.errors import AdapterError, ConfigError, UnsupportedError, nearest
 
@@ -98,6 +100,23 @@ class LiveSwitchLinear(LiveLayer):
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         base: mx.array = self.base(x, indices, sorted_indices=sorted_indices)
         return self.added(base, lambda layer, kept: layer.effect(x, base, indices, sorted_indices))
+
+
+class LiveHeads(LiveLayer, Whole):
+    """Adapters on the split projection of multi-head latent attention."""
+
+    def call(self, role: Role, base: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        y = base(x)
+        return self.added(y, lambda layer, kept: layer.effect(x, y, role, base, *kept))
+
+
+class LiveRouter(LiveLayer):
+    """Adapters on a router of experts that holds its matrix itself."""
+
+    def __call__(self, x: mx.array) -> Any:
+        if not any(owner.scale for owner, _, _ in self.parts):
+            return self.base(x)
+        return with_weight(self.base, self.adapted(), x)
 
 
 class LiveEmbedding(LiveLayer):
@@ -247,7 +266,7 @@ class Adapters:
         layer = layer_type(live.adapter.type, slot.base)(slot.base, LayerConfig(module.rank, module.scale))
         for name, array in module.arrays.items():
             layer[name] = array
-        kept = (layer.magnitude(),) if isinstance(layer, (DoRALinear, DoRAEmbedding)) else ()
+        kept = (layer.magnitude(),) if isinstance(layer, DoRA) else ()
         mx.eval(module.arrays, kept)
         slot.parts.append((live, layer, kept))
 
@@ -273,6 +292,10 @@ class Adapters:
 def _live_kind(layer: nn.Module) -> type[LiveLayer]:
     if weights.is_experts(layer):
         return LiveSwitchLinear
+    if weights.is_heads(layer):
+        return LiveHeads
+    if weights.is_bare_router(layer):
+        return LiveRouter
     return LiveEmbedding if weights.is_embedding(layer) else LiveLinear
 
 

@@ -5,6 +5,7 @@
     linear      lora_a [in, r]      lora_b [r, out]
     experts     lora_a [E, r, in]   lora_b [E, out, r]
     embedding   lora_a [V, r]       lora_b [r, out]
+    MLA's kv_b  as a linear layer   (heads.py says of which widths)
 
 These are the layouts of mlx-lm's adapter files.
 """
@@ -12,11 +13,13 @@ These are the layouts of mlx-lm's adapter files.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 from mlxlora.adapters import weights
+from mlxlora.adapters.heads import Role, Whole, part
 from mlxlora.adapters.layer import AdapterLayer, kaiming
 
 
@@ -37,13 +40,8 @@ class LoRA(AdapterLayer):
         return self.scale != 0 and bool(mx.any(self.lora_a != 0).item()) and bool(mx.any(self.lora_b != 0).item())
 
 
-class LoRALinear(LoRA):
-    """LoRA on `nn.Linear` and `nn.QuantizedLinear` (any number of bits, any mode).
-
-    y = base(x) + scale · (drop(x) A) B
-    """
-
-    linear: Any
+class LoRAMatrix(LoRA):
+    """LoRA on one matrix: `lora_a` [in, r], `lora_b` [r, out]."""
 
     def start(self, key: mx.array) -> None:
         self.lora_a = kaiming(key, (self.input_dims, self.rank), self.input_dims)
@@ -51,6 +49,15 @@ class LoRALinear(LoRA):
 
     def product(self) -> mx.array:
         return self.lora_b.T @ self.lora_a.T
+
+
+class LoRALinear(LoRAMatrix):
+    """LoRA on `nn.Linear` and `nn.QuantizedLinear` (any number of bits, any mode).
+
+    y = base(x) + scale · (drop(x) A) B
+    """
+
+    linear: Any
 
     def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
         """What the adapter adds to `y`, the output of the base for `x`."""
@@ -60,6 +67,55 @@ class LoRALinear(LoRA):
     def __call__(self, x: mx.array) -> mx.array:
         y: mx.array = self.linear(x)
         return y + self.effect(x, y)
+
+
+class LoRAHeads(LoRAMatrix, Whole):
+    """LoRA on the `kv_b_proj` of multi-head latent attention, which mlx-lm splits by heads, keys and values.
+
+    keys, values    y = base(x) + scale · (drop(x) A) B
+    queries         y = base(x) + scale · (x B) Aᵀ; without dropout: what would be dropped is not seen there
+
+    with the part of B that belongs to the heads' keys (keys, queries) or values. A layer asks for queries where a
+    single token is computed, so that keys of the past need not be made.
+    """
+
+    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
+        """What the adapter adds to `y`, the output of a half for `x`; the argument is the half's role."""
+        role: Role = arguments[0]
+        a = self.lora_a.astype(x.dtype)
+        b = part(self.scale * self.lora_b, self.base, role).astype(x.dtype)
+        added = (x @ b.swapaxes(-1, -2)) @ a.T if role == "queries" else (self.drop(x) @ a) @ b
+        return added.astype(y.dtype)
+
+    def call(self, role: Role, base: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
+        y = base(x)
+        return y + self.effect(x, y, role)
+
+
+class LoRARouter(LoRAMatrix):
+    """LoRA on a router of experts that holds its matrix itself: it computes with the changed one.
+
+    The change is as small as the matrix (a row an expert), and what comes out are choices, to which nothing can be
+    added. Without dropout: PEFT has none on such a bare matrix.
+    """
+
+    linear: Any
+
+    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
+        raise NotImplementedError("choices of experts do not add up; `adapted` does")
+
+    def __call__(self, x: mx.array) -> Any:
+        return with_weight(self.linear, self.adapted(), x)
+
+
+def with_weight(router: Any, weight: mx.array, x: mx.array) -> Any:
+    """What a router of experts makes of `x` with another weight (float32)."""
+    own: mx.array = router["weight"]
+    router["weight"] = weight.astype(own.dtype)
+    try:
+        return router(x)
+    finally:
+        router["weight"] = own
 
 
 class LoRASwitchLinear(LoRA):

@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlxlora.adapters import weights
+from mlxlora.adapters import heads, weights
 from mlxlora.adapters.config import PRESETS, AdapterConfig, matches
 from mlxlora.errors import ConfigError, Problem, UnsupportedError
 
@@ -63,10 +63,16 @@ def block_paths(network: nn.Module) -> list[str]:
     return [paths[id(block)] for block in blocks if block is not None]
 
 
-def survey(network: nn.Module) -> list[Found]:
-    """Every module of the network with its place, ordered by path."""
+def survey(network: nn.Module, *, whole: bool = True) -> list[Found]:
+    """Every module of the network with its place, ordered by path.
+
+    whole: MLA's `kv_b_proj` as one module (see `heads.py`), instead of the two that the network has
+    """
     blocks = {path: number for number, path in enumerate(block_paths(network))}
-    modules = dict(network.named_modules())
+    modules: dict[str, nn.Module] = dict(network.named_modules())
+    joined = heads.find(modules) if whole else {}
+    halves = {f"{path.removesuffix(weights.JOINED)}{name}" for path, split in joined.items() for name in split.halves}
+    modules = {path: module for path, module in modules.items() if path not in halves} | joined
     found = []
     for path, module in sorted(modules.items()):
         tails = [path[:i] for i, letter in enumerate(path) if letter == "."] + [path]
@@ -85,7 +91,7 @@ def select(network: nn.Module, config: AdapterConfig) -> Selection:
     Raises ConfigError, with all problems at once, for a target, rank or alpha pattern that means nothing here (naming
     the nearest modules), and for a block number that the network does not have.
     """
-    modules = survey(network)
+    modules = survey(network, whole=config.type != "full")  # the weights themselves are those of the halves
     wanted_blocks = _blocks(config, 1 + max((f.block for f in modules if f.block is not None), default=-1))
     problems: list[Problem] = []
     chosen: dict[str, nn.Module] = {}
@@ -115,9 +121,9 @@ def can_carry(module: nn.Module, kind: str) -> bool:
     """Whether an adapter of this type can be put on this module."""
     if kind == "full":
         return _has_floats(module) and "scales" not in module
-    if weights.is_linear(module) or weights.is_embedding(module):
+    if weights.is_linear(module) or weights.is_embedding(module) or weights.is_heads(module):
         return True
-    return kind == "lora" and weights.is_experts(module)
+    return kind == "lora" and (weights.is_experts(module) or weights.is_bare_router(module))
 
 
 def _has_floats(module: nn.Module) -> bool:
@@ -129,6 +135,8 @@ def _has_floats(module: nn.Module) -> bool:
 
 def _is_weight(module: nn.Module) -> bool:
     """A module that multiplies with a matrix of its own."""
+    if weights.is_heads(module):
+        return True
     weight = module.get("weight")
     return weight is not None and weight.ndim >= 2 and not isinstance(module, (nn.Conv1d, nn.Conv2d))
 
@@ -215,8 +223,25 @@ def _nothing(
     if meant:
         kinds = sorted({type(f.module).__name__ for f in meant})
         return Problem(where, f"matches {meant[0].path} ({', '.join(kinds)}), which cannot carry {config.type}")
+    if other := _other_half(target, modules, config):
+        return Problem(where, *other)
     names = [f.path for f in modules if can_carry(f.module, config.type)]
     return Problem(where, f"matches no module of this model.{_near(target, names)}")
+
+
+def _other_half(target: str, modules: list[Found], config: AdapterConfig) -> tuple[str, str] | None:
+    """What to say to one who means MLA's `kv_b_proj`, or its halves, where they are not what learns."""
+    joined, halves = weights.JOINED, (weights.KEYS, weights.VALUES)
+    if config.type == "full":
+        known = any(weights.is_half(f.module) for f in modules)
+        meant = matches(target, f"self_attn.{joined}")
+        return (
+            (f"{joined} is {' and '.join(halves)} here", f"Name {' and '.join(halves)}.") if known and meant else None
+        )
+    known = any(weights.is_heads(f.module) for f in modules)
+    if not known or not any(matches(target, f"self_attn.{half}") for half in halves):
+        return None
+    return f"is a half of {joined}, which carries one adapter for both", f"Name {joined}."
 
 
 def _near(pattern: str, paths: list[str]) -> str:

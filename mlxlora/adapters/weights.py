@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import re
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +28,75 @@ class Quantization:
     def as_config(self) -> dict[str, Any]:
         """As an entry of `quantization` in a config.json that mlx-lm reads."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+JOINED, KEYS, VALUES = "kv_b_proj", "embed_q", "unembed_out"  # in the attention modules that `heads.py` describes
+
+
+class Heads(nn.Module):
+    """The two layers that mlx-lm makes of MLA's `kv_b_proj`, as one linear layer from R to H·(N+V); see `heads.py`.
+
+    It stands nowhere in a network and holds no parameters of its own.
+    """
+
+    halves: dict[str, nn.Module]
+
+    def __init__(self, keys: nn.Module, values: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        object.__setattr__(self, "halves", {KEYS: keys, VALUES: values})
+        self.train(keys.training)
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """H, N and V."""
+        heads, _, keys = shape(self.halves[KEYS])
+        return heads, keys, shape(self.halves[VALUES])[1]
+
+    def together(self, keys: mx.array, values: mx.array) -> mx.array:
+        """The one matrix [H·(N+V), R] of what the halves hold, [H, R, N] and [H, V, R]."""
+        return mx.concatenate([keys.swapaxes(1, 2), values], axis=1).reshape(-1, values.shape[-1])
+
+    def apart(self, matrix: mx.array) -> dict[str, mx.array]:
+        """What the halves hold of a matrix [H·(N+V), R]."""
+        heads, keys, _ = self.sizes
+        each = matrix.reshape(heads, -1, matrix.shape[-1])
+        return {KEYS: each[:, :keys].swapaxes(1, 2), VALUES: each[:, keys:]}
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """[L, R] → [L, H·(N+V)]"""
+        keys: Any = self.halves[KEYS]
+        values: Any = self.halves[VALUES]
+        each = mx.concatenate([keys(x[None], transpose=False), values(x[None])], axis=-1)
+        return each.swapaxes(0, 1).reshape(len(x), -1)
+
+
+def is_bare_router(module: nn.Module) -> bool:
+    """A router of experts that holds its matrix itself, [experts, in], instead of in a linear layer.
+
+    In mlx-lm's models these are classes of their own in every file, called …Gate or …Router, with x Wᵀ in their call.
+    """
+    weight = module.get("weight")
+    if not isinstance(weight, mx.array) or weight.ndim != 2 or not mx.issubdtype(weight.dtype, mx.floating):
+        return False
+    return re.search(r"(Gate|Router)$", type(module).__name__) is not None and "scales" not in module
+
+
+def is_heads(module: nn.Module) -> bool:
+    """MLA's `kv_b_proj`, which mlx-lm splits."""
+    return isinstance(module, Heads)
+
+
+def is_half(module: nn.Module) -> bool:
+    """One of the two layers of a `Heads`: mlx-lm's `MultiLinear`, plain or packed."""
+    return _same_call(module, *_half_types())
+
+
+def _half_types() -> tuple[type[Any], ...]:
+    """mlx-lm's `MultiLinear` and `QuantizedMultiLinear`; empty while no model that could hold one has been loaded."""
+    if "mlx_lm.models.mla" not in sys.modules:
+        return ()
+    layers = mlxlm.module("models.mla")
+    return layers.MultiLinear, layers.QuantizedMultiLinear
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -68,6 +139,9 @@ def shape(layer: nn.Module) -> tuple[int, ...]:
 
     The width comes from the scales, one for each group, because `32 // bits` is no whole number for 3, 5 and 6 bits.
     """
+    if isinstance(layer, Heads):
+        heads, keys, values = layer.sizes
+        return heads * (keys + values), shape(layer.halves[VALUES])[-1]
     *rows, width = layer["weight"].shape
     packed = quantization(layer)
     return (*rows, layer["scales"].shape[-1] * packed.group_size if packed else width)
@@ -75,6 +149,8 @@ def shape(layer: nn.Module) -> tuple[int, ...]:
 
 def dtype(layer: nn.Module) -> mx.Dtype:
     """The floating dtype that the layer computes in when its input has it too; float32 where the layer does not say."""
+    if isinstance(layer, Heads):
+        return dtype(layer.halves[VALUES])
     packed = quantization(layer)
     kept: mx.array = layer["scales"] if packed else layer["weight"]
     if mx.issubdtype(kept.dtype, mx.floating):
@@ -85,6 +161,8 @@ def dtype(layer: nn.Module) -> mx.Dtype:
 
 def dense(layer: nn.Module) -> mx.array:
     """The values of the weight in float32, unpacked where they are packed."""
+    if isinstance(layer, Heads):
+        return layer.together(dense(layer.halves[KEYS]), dense(layer.halves[VALUES]))
     packed = quantization(layer)
     weight: mx.array = layer["weight"]
     if packed is None:
@@ -106,6 +184,8 @@ def dense(layer: nn.Module) -> mx.array:
 
 def matmul(layer: nn.Module, x: mx.array) -> mx.array:
     """x Wᵀ for a linear layer, plain or packed, without its bias."""
+    if isinstance(layer, Heads):
+        return layer(x)
     packed = quantization(layer)
     weight: mx.array = layer["weight"]
     if packed is None:
@@ -143,7 +223,7 @@ def like(layer: nn.Module, weight: mx.array, packed: Quantization | None, kept: 
 
 def assemble(layer: nn.Module, arrays: dict[str, mx.array], packed: Quantization | None) -> nn.Module:
     """A new layer of the kind of `layer` with other `arrays` (weight; scales and biases when packed) and its bias."""
-    made = _empty(layer, packed)
+    made = copy.copy(layer) if is_bare_router(layer) else _empty(layer, packed)
     for name in ("weight", "scales", "biases", "global_scale"):
         made.pop(name, None)
     for name, array in arrays.items():
@@ -168,6 +248,12 @@ def _empty(layer: nn.Module, packed: Quantization | None) -> nn.Module:
         if packed:
             made.num_embeddings, made.dims = shape(layer)
         return made
+    if is_half(layer):
+        plain, quantized = _half_types()
+        half: nn.Module = (
+            quantized(width, 1, 1, packed.group_size, packed.bits, packed.mode) if packed else plain(1, 1, 1)
+        )
+        return half
     plain, quantized = switch_types()
     experts: nn.Module = quantized(width, 1, 1, False, **settings) if packed else plain(width, 1, 1, False)
     return experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -25,29 +26,35 @@ def structure(block: nn.Module) -> tuple[Any, ...]:
     """
     slots = Slots(block)
     arrays = tuple((path, array.shape, str(array.dtype)) for path, array in zip(slots.paths, slots.get(), strict=True))
-    return (arrays, tuple(slots.trainable), _attributes(block))
+    inside = {id(module): path for path, module in block.named_modules()}
+    return (arrays, tuple(slots.trainable), _attributes(block, inside))
 
 
-def _attributes(value: Any, *, apart: bool = False) -> Any:
-    """apart: reached through a plain attribute: arrays there are no parameters of the block and count by identity;
-    adapters that live on a model are kept that way."""
+def _attributes(value: Any, inside: Mapping[int, str], *, apart: bool = False) -> Any:
+    """inside: the modules of the block, by identity.
+
+    apart: reached through a plain attribute: arrays there are no parameters of the block and count by identity;
+    adapters that live on a model are kept that way. A module that stands elsewhere in the block counts as its place.
+    """
     if isinstance(value, mx.array):
         return id(value) if apart else "array"
+    if apart and id(value) in inside:
+        return ("inside", inside[id(value)])
     if isinstance(value, nn.Module):
         cls = own_class(value)
         read = _names_read(cls)
         own = {name: item for name, item in vars(value).items() if name not in _PRIVATE and name in read}
         children = {name: item for name, item in value.items() if apart or not isinstance(item, mx.array)}
-        parts = {name: _attributes(item, apart=True) for name, item in own.items()}
-        parts |= {name: _attributes(item, apart=apart) for name, item in children.items()}
+        parts = {name: _attributes(item, inside, apart=True) for name, item in own.items()}
+        parts |= {name: _attributes(item, inside, apart=apart) for name, item in children.items()}
         return (cls, value.training, *sorted(parts.items()))
     if isinstance(value, _PLAIN):
         return (type(value).__name__, value)
     if isinstance(value, (list, tuple)):
-        return tuple(_attributes(item, apart=apart) for item in value)
+        return tuple(_attributes(item, inside, apart=apart) for item in value)
     if isinstance(value, dict):
         return tuple(
-            (str(name), _attributes(item, apart=apart))
+            (str(name), _attributes(item, inside, apart=apart))
             for name, item in sorted(value.items(), key=lambda pair: str(pair[0]))
         )
     return id(value)

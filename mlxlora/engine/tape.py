@@ -18,6 +18,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora.adapters import AdapterLayer
+from mlxlora.adapters.heads import Whole
+from mlxlora.adapters.lora import LoRARouter
 from mlxlora.engine.arguments import put_together, take_apart
 from mlxlora.engine.device import settle
 from mlxlora.engine.hold import Hold, own_call, own_class
@@ -89,6 +91,8 @@ def products(block: nn.Module) -> tuple[list[nn.Module], list[nn.Module]]:
     norms: list[nn.Module] = []
 
     def walk(value: Any) -> None:
+        if isinstance(value, (LoRARouter, Whole)):
+            return  # small, and no array comes out; what is called of the other are its halves
         if isinstance(value, nn.Module) and (
             isinstance(value, (AdapterLayer, nn.Linear, nn.QuantizedLinear)) or own_class(value).__name__ in _SWITCHES
         ):

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from mlxlora import probe
 from mlxlora.adapters import weights
+from mlxlora.adapters.heads import in_place
 from mlxlora.adapters.layer import Wrapper, base_of
 from mlxlora.adapters.weights import Quantization
 from mlxlora.errors import ConfigError
@@ -118,7 +119,7 @@ def build(
     on_progress: Progress | None = None,
 ) -> dict[str, nn.Module]:
     """The plain layers for the places of the adapted ones in this form, by path. The network stays as it is."""
-    slots = {path: layer for path, layer in network.named_modules() if isinstance(layer, Wrapper) and layer.changes()}
+    slots = {path: layer for path, layer in in_place(network).items() if layer.changes()}
     made: dict[str, nn.Module] = {}
     natural = network_dtype(network)
     wanted = {path: _wanted(slot, form) for path, slot in slots.items()}
@@ -130,7 +131,8 @@ def build(
 
     for path in sorted(slots.keys() - set(careful)):
         slot = slots[path]
-        made[path] = _evaluated(weights.like(slot.base, slot.adapted(), wanted[path], natural))
+        kept = natural if weights.quantization(slot.base) else None  # else the layer says it
+        made[path] = _evaluated(weights.like(slot.base, slot.adapted(), wanted[path], kept))
         done()
     for path, inputs in moments(network, careful, calibration):
         base, target, packed = slots[path].base, slots[path].adapted(), wanted[path]
@@ -157,8 +159,8 @@ def _unpacked(network: nn.Module, but: set[str], natural: mx.Dtype) -> Iterator[
         if path in but or isinstance(modules.get(path.rpartition(".")[0]), Wrapper):
             continue
         plain = base_of(module)
-        known = weights.is_linear(plain) or weights.is_embedding(plain) or weights.is_experts(plain)
-        if known and weights.quantization(plain):
+        known = (weights.is_linear, weights.is_embedding, weights.is_experts, weights.is_half)
+        if any(is_one(plain) for is_one in known) and weights.quantization(plain):
             yield path, weights.like(plain, weights.dense(plain), None, natural)
 
 

@@ -38,7 +38,8 @@ class _Recorder(Wrapper):
         return isinstance(self.base, Wrapper) and self.base.changes()
 
     def __call__(self, x: mx.array, *arguments: Any, **named: Any) -> Any:
-        if mx.issubdtype(x.dtype, mx.floating):  # looking up embeddings multiplies with nothing
+        # looking up embeddings multiplies with nothing, and the keys of MLA with columns instead of rows
+        if mx.issubdtype(x.dtype, mx.floating) and named.get("transpose", True):
             self.record(x)
         return self.base(x, *arguments, **named)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from mlxlora import mlxlm
+from mlxlora.adapters import AdapterConfig, collect
 from mlxlora.adapters.files import Adapter, read_adapter, save_adapter
 from mlxlora.adapters.live import attach
 from mlxlora.cli import main
@@ -159,7 +161,7 @@ def test_written_for_mlxlm(family: str, quantize: dict[str, Any] | None, tmp_pat
     base = BaseModel.open(str(model))
     parts = {}
     for number, (path, place) in enumerate(base.places.items()):
-        if place.kind == "embedding" and quantize:
+        if (place.kind == "embedding" and quantize) or path.endswith(("kv_b_proj", "mlp.gate")):
             continue
         a, b = place.factors(2 + number % 3)
         keys = mx.random.split(mx.random.key(number))
@@ -175,6 +177,25 @@ def test_written_for_mlxlm(family: str, quantize: dict[str, Any] | None, tmp_pat
     theirs = logits(network)
     assert np.abs(theirs - plain).max() > 1e-2
     np.testing.assert_allclose(ours(model, tmp_path / "a"), theirs, atol=1e-5 * max(1, float(np.abs(theirs).max())))
+
+
+def test_what_mlxlm_cannot_carry_is_refused(stir: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny.model_directory(tmp_path / "model", "deepseek_v3")
+    network, _ = load_network(model)
+    stir(network, AdapterConfig(rank=2, targets=["kv_b_proj", "o_proj"]))
+    save_adapter(tmp_path / "a", collect(network))
+    with pytest.raises(
+        UnsupportedError, match=r"layers\.0\.self_attn\.kv_b_proj and 1 more: .*mlxlora fuse.*without kv_b_proj"
+    ):
+        export(str(model), "mlx-lm", tmp_path / "out", adapter=[str(tmp_path / "a")])
+    assert not (tmp_path / "out").exists()
+    network, _ = load_network(model)
+    stir(network, AdapterConfig(rank=2, targets=["mlp.gate"]))
+    save_adapter(tmp_path / "router", collect(network))
+    with pytest.raises(UnsupportedError, match=r"layers\.1\.mlp\.gate: .*router.*without gate"):
+        export(str(model), "mlx-lm", tmp_path / "out", adapter=[str(tmp_path / "router")])
+    with pytest.raises(ValueError, match="kv_b_proj"):  # and mlx-lm itself does not take it for something else
+        mlxlm.load_adapters(load_network(model)[0], tmp_path / "a")
 
 
 # ---- wrong ----------------------------------------------------------------------------------------------------

@@ -192,6 +192,24 @@ def test_what_learns(settings: dict[str, Any]) -> None:
     agree(adapted("llama", **settings), EngineConfig())
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"dropout": 0.2, "checkpoint": "none"},
+        {"dropout": 0.2, "checkpoint": "products"},
+        {"type": "dora", "targets": ["attention"], "checkpoint": "inputs"},
+        {"targets": ["kv_b_proj", "mlp.gate"], "quantize": {"group_size": 32, "bits": 8}, "checkpoint": "products"},
+    ],
+)
+def test_latent_attention(settings: dict[str, Any]) -> None:
+    """The split `kv_b_proj`, and a router that holds its matrix itself, in blocks that share what is compiled."""
+    grade, dropout = settings.pop("checkpoint"), bool(settings.get("dropout"))
+    wide = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    network = adapted("deepseek_v3", changes={**wide, "num_hidden_layers": 3}, **settings)
+    engine = agree(network, EngineConfig(checkpoint_blocks=grade), dropout=dropout)
+    assert all("attention is of another kind" in note for note in engine.notes), "block by block, as ever"
+
+
 @pytest.mark.parametrize("where", ["memory", "file"])
 def test_frozen_blocks_are_computed_once(where: str, tmp_path: Any) -> None:
     """With an adapter on the last block only, the second epoch runs the last block only, packed or not."""
@@ -215,21 +233,22 @@ def test_frozen_blocks_are_computed_once(where: str, tmp_path: Any) -> None:
     engine.close()
 
 
-def test_live_adapters_are_each_block_s_own(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_live_adapters_are_each_block_s_own(family, tmp_path):
     """Arrays beside the parameters (adapters that live on a model) must not be shared by blocks of one structure."""
     from mlxlora.adapters import attach, collect, save_adapter
     from mlxlora.training.forecast import Shape, synthetic
 
-    trained = tiny.network("llama", num_hidden_layers=3)
-    inject(trained, AdapterConfig(rank=4))
+    trained = tiny.network(family, num_hidden_layers=3)
+    inject(trained, AdapterConfig(rank=4, targets=["all-linear", *["mlp.gate"] * (family != "llama")]))
     for index, (path, array) in enumerate(flat(trained.trainable_parameters()).items()):
         trained.update(tree_unflatten([(path, mx.random.normal(array.shape, key=mx.random.key(index)) * 0.3)]))
     save_adapter(tmp_path / "adapter", collect(trained))
-    network = tiny.network("llama", num_hidden_layers=3)
+    network = tiny.network(family, num_hidden_layers=3)
     attach(network, [str(tmp_path / "adapter")])
     batch = synthetic(Shape(2, 24, 0.5), tiny.VOCABULARY)
     engine, plain = Engine(network), Engine(trained)
-    assert not engine.notes
+    assert all("attention is of another kind" in note for note in engine.notes)
     found, expected = (one.evaluate(sft, batch)[0].item() for one in (engine, plain))
     assert found == pytest.approx(expected, rel=1e-5)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlxlora_convert.peft_export import to_peft
@@ -14,11 +15,13 @@ from mlxlora_convert.peft_export import to_peft
 pytest.importorskip("torch", reason="pip install torch transformers peft")
 pytest.importorskip("peft", reason="pip install torch transformers peft")
 
-from mlxlora.adapters.files import save_adapter
+from mlxlora.adapters.files import read_adapter, save_adapter
+from mlxlora.adapters.live import attach
 from mlxlora.cli import main
 from mlxlora.errors import MlxLoraError
+from mlxlora.model import load_network
 from mlxlora_convert import peft_adapter
-from mlxlora_convert.export import export
+from mlxlora_convert.export import export, import_
 from mlxlora_convert.lowrank import LowRank
 from mlxlora_convert.ours import BaseModel, from_lowrank
 from tests import tiny
@@ -76,3 +79,32 @@ def test_a_base_that_transformers_cannot_read_is_written_for_it(family: str, tmp
     result = export(str(model), "peft", tmp_path / "p", adapter=[str(adapter(model, tmp_path / "a"))])
     assert result.check is not None and result.check.difference < 1e-4
     assert json.loads((tmp_path / "p" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_every_linear_layer_of_latent_attention(tmp_path: Path) -> None:
+    """PEFT's own all-linear on a DeepSeek, with the one projection that mlx-lm splits: in, out again, and merged."""
+    import torch
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    model = tiny.transformers_directory(tmp_path / "model", "deepseek_v3")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.2)
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    tokens = torch.arange(3, 40)[None]
+    wanted = theirs(tokens).logits.detach().numpy()
+    import_(tmp_path / "theirs", tmp_path / "ours", model=str(model))
+    assert "model.layers.1.self_attn.kv_b_proj" in read_adapter(tmp_path / "ours").modules
+    network, _ = load_network(model)
+    attach(network, [str(tmp_path / "ours")])
+    np.testing.assert_allclose(np.array(network(mx.array(tokens.numpy()))), wanted, atol=1e-5 * np.abs(wanted).max())
+    for form, adapter in (("peft", "ours"), ("hf", "ours")):
+        out = tmp_path / form
+        result = export(str(model), form, out, adapter=[str(tmp_path / adapter)])
+        assert result.check is not None and result.check.difference < 1e-4
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    np.testing.assert_allclose(merged(tokens).logits.detach().numpy(), wanted, atol=1e-5 * np.abs(wanted).max())

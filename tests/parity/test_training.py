@@ -31,7 +31,8 @@ from tests import reference, tiny  # noqa: E402
 from tests.rows import Rows, train  # noqa: E402
 
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
-FAMILIES = ["llama", "qwen3", "gemma3", "phi3"]
+FAMILIES = ["llama", "qwen3", "gemma3", "phi3", "deepseek_v3"]
+TARGETS = {"deepseek_v3": ["attention"]}  # PEFT keeps one A for the gate and up projection of an expert
 CHANGES = {"gemma3": {"hidden_size": 64}}  # mlx-lm rounds √hidden_size to bfloat16; that of 64 is exact
 SAMPLES = reference.samples([23, 40, 9, 31, 4, 17, 12, 26], tiny.VOCABULARY)
 STEPS = 6
@@ -44,7 +45,7 @@ class Pair:
         directory = tiny.transformers_directory(folder / "model", family, **CHANGES.get(family, {}))
         self.network, config = load_network(directory)
         known, names = places(self.network), Names.of(config)
-        settings = AdapterConfig(type=kind, rank=4, alpha=8.0)  # type: ignore[arg-type]
+        settings = AdapterConfig(type=kind, rank=4, alpha=8.0, targets=TARGETS.get(family, []))  # type: ignore[arg-type]
         inject(self.network, settings, seed=1)
         reference.awaken(self.network)
         state = to_peft(to_lowrank(collect(self.network), known), names, known)
