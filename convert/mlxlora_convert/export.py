@@ -6,16 +6,13 @@ that the chosen format does not have is refused, not ignored.
 
 from __future__ import annotations
 
-import contextlib
-import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxlora.commands import command
 from mlxlora.errors import ConfigError, MlxLoraError, Problem
-from mlxlora.files import human_bytes, new_directory, refuse_existing, sync
+from mlxlora.files import human_bytes, new_directory, new_file
 from mlxlora.progress import Progress
 from mlxlora_convert.formats import FORMATS, Format, find, module, recognise
 from mlxlora_convert.gguf_options import GGUFImportOptions, GGUFOptions
@@ -118,7 +115,7 @@ def export(
     out = Path(out)
     if chosen.suffix and out.suffix != chosen.suffix:
         raise ConfigError(f"--to {to} writes one file: --out must end in {chosen.suffix}, not '{out.name}'.")
-    with _scratch(out, file=bool(chosen.suffix)) as scratch:
+    with (new_file if chosen.suffix else new_directory)(out) as scratch:
         adapters = tuple(adapter or ())
         job = ExportJob(scratch, model, options, revision, trust_remote_code, on_progress, adapters, any_base, out)
         notes = list(module(chosen.writer).write(job))
@@ -195,20 +192,3 @@ def _read_back(chosen: Format, job: ExportJob, notes: list[str]) -> ReadBack | N
             "Please report this with the model's config.json; --check false writes it all the same."
         )
     return seen
-
-
-@contextlib.contextmanager
-def _scratch(out: Path, *, file: bool) -> Iterator[Path]:
-    """A scratch directory or file of the same name as `out` that becomes `out` by rename."""
-    if not file:
-        with new_directory(out) as directory:
-            yield directory
-        return
-    refuse_existing(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent) as folder:
-        path = Path(folder, out.name)
-        yield path
-        sync(path)
-        path.rename(out)
-    sync(out.parent)

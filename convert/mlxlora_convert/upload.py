@@ -112,10 +112,13 @@ def upload(
         dry_run: tell what would be sent, and send nothing
         endpoint: another hub than https://huggingface.co
 
-    Raises InputError when a file names a place or a user of this machine, MlxLoraError when the hub refuses.
+    Raises ConfigError when `repo` or `endpoint` cannot be one, InputError when a file names a place or a user of this
+    machine, MlxLoraError when the hub refuses.
     """
     if not HUB_ID.fullmatch(repo) or ".." in repo:
         raise ConfigError(f"--repo '{repo}' must be OWNER/NAME.")
+    if endpoint is not None and not re.fullmatch(r"https?://[^\s/?#]+(/\S*)?", endpoint):
+        raise ConfigError(f"--endpoint '{endpoint}' must be the address of a hub, such as https://huggingface.co.")
     source = Path(source)
     directory = _directory(source)
     alone = source.is_file()  # what lies beside a file that is named is nobody's business

@@ -167,6 +167,14 @@ def test_the_list_is_told_before_anything_is_sent(hub: Hub, run: Path) -> None:
     assert hub.asked == [] and result.url == "" and "dry run" in str(result)
 
 
+@pytest.mark.parametrize("endpoint", ["nosuch", "", "hub.example", "ftp://hub.example", "https://", "https:// x"])
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_what_is_no_address_is_refused_before_anything_else(endpoint: str, dry_run: bool, hub: Hub, run: Path) -> None:
+    with pytest.raises(ConfigError, match=f"--endpoint '{endpoint}' must be the address"):
+        upload(run, "someone/tuned", endpoint=endpoint, dry_run=dry_run)
+    assert hub.asked == []
+
+
 def test_only_files_of_the_list_go(hub: Hub, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "adapter"
     folder.mkdir()
