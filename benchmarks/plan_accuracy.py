@@ -21,20 +21,32 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 COMMON: dict[str, Any] = {
-    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 8_192, "max_position_embeddings": 16_384,
+    "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 6, "num_attention_heads": 2,
+    "num_key_value_heads": 1, "head_dim": 64, "vocab_size": 8_192, "max_position_embeddings": 16_384,
 }  # fmt: skip
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 192}
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {},
-    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 512, "sliding_window_pattern": 6},
-    "phi3": {"num_key_value_heads": 4, "original_max_position_embeddings": 16_384, "head_dim": None},
+    "gemma3_text": {"query_pre_attn_scalar": 64, "sliding_window": 512, "sliding_window_pattern": 6},
+    "phi3": {"num_key_value_heads": 2, "original_max_position_embeddings": 16_384, "head_dim": None},
     "qwen3_moe": EXPERTS,
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v3": {
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 64,
+        "q_lora_rank": 64,
+        "qk_rope_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 64,
+        "head_dim": None,
+        "moe_intermediate_size": 192,
+    },
     "falcon_h1": {},
 }
-KINDS: dict[str, tuple[str, int | None]] = {"lora": ("lora", None), "qlora": ("lora", 4), "full": ("full", None)}
+KINDS: dict[str, tuple[Any, int | None, int]] = {  # what learns, bits of the base, rows of a batch
+    "lora": ("lora", None, 1), "qlora": ("lora", 4, 1), "full": ("full", None, 1), "uneven": ("lora", None, 4),
+}  # fmt: skip
 GRADES = ("products", "inputs")
 LENGTHS = (256, 1024, 2048, 4096, 8192)
 
@@ -84,20 +96,21 @@ def cell(family: str, kind: str, grade: Any, length: int) -> dict[str, Any]:
     from mlxlora.training.config import TrainingConfig
     from mlxlora.training.events import Event, Finished, Started
 
-    adapter, bits = KINDS[kind]
+    adapter, bits, rows = KINDS[kind]
     seen: list[Event] = []
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         model(place / "model", family, bits)
-        rows = [json.dumps({"text": f"{number} " + "lazy dog " * length}) for number in range(3)]
-        (place / "rows.jsonl").write_text("\n".join(rows))
+        held_out = rows == 1 and length <= 1024
+        words = [length] * 3 if rows == 1 else [length * part // 12 for part in (1, 2, 3, 12)]
+        texts = [json.dumps({"text": f"{number} " + "lazy dog " * count}) for number, count in enumerate(words)]
+        (place / "rows.jsonl").write_text("\n".join(texts))
         finetune(
             str(place / "model"), [str(place / "rows.jsonl")], place / "run",
-            samples=SamplesConfig(max_length=length, validation_split=0.34 if length <= 1024 else 0.0,
-                                  cache=place / "cache"),
-            adapter=AdapterConfig(type="full") if adapter == "full" else AdapterConfig(rank=16),
-            training=TrainingConfig(steps=2 if adapter == "full" or length <= 1024 else 1, batch_size=1,
-                                    checkpoint_blocks=grade),
+            samples=SamplesConfig(max_length=length, validation_split=0.34 if held_out else 0.0, cache=place / "cache"),
+            adapter=AdapterConfig(type=adapter, rank=16),
+            training=TrainingConfig(steps=3 if rows > 1 else 2 if adapter == "full" or length <= 1024 else 1,
+                                    batch_size=rows, checkpoint_blocks=grade),
             on_event=seen.append,
         )  # fmt: skip
     started = next(event for event in seen if isinstance(event, Started))
@@ -142,7 +155,7 @@ def table(results: Path) -> None:
     print("| family | learns | base | keeps | " + " | ".join(f"{length:,}" for length in lengths) + " |")
     print("|---|---|---|---|" + "---:|" * len(lengths))
     for family in FAMILIES:
-        for kind, (adapter, bits) in KINDS.items():
+        for kind, (adapter, bits, rows) in KINDS.items():
             for grade in GRADES:
                 here = [cells.get((family, kind, grade, length)) for length in lengths]
                 if not any(here):
@@ -152,7 +165,8 @@ def table(results: Path) -> None:
                     for one in here
                 )
                 base = f"{bits} bits" if bits else "float32"
-                print(f"| {family} | {adapter} | {base} | {grade} | " + " | ".join(told) + " |")
+                learns = f"{adapter}, {rows} uneven rows" if rows > 1 else adapter
+                print(f"| {family} | {learns} | {base} | {grade} | " + " | ".join(told) + " |")
     ratios = [one["foretold"] / one["measured"] for one in cells.values()]
     within = sum(abs(ratio - 1) <= 0.1 for ratio in ratios)
     print(

@@ -189,7 +189,7 @@ def contexts(forecaster: Forecaster, training: TrainingConfig, shape: Shape) -> 
                 slope = (b.peak - a.peak) / (b.shape.length - a.shape.length)
                 table[length][grade] = b.peak + round(slope * (length - b.shape.length))
                 continue
-            known.append(forecaster.forecast(replace(shape, rows=1, length=length, documents=1)))
+            known.append(forecaster.forecast(replace(shape.row(length), documents=1)))
             table[length][grade] = known[-1].peak
     return table
 

@@ -79,6 +79,14 @@ class EpochPlan(Sequence[Planned]):
         """Tokens of each batch, padding included."""
         return self.rows * self._lengths
 
+    def filled(self, lengths: IntArray) -> LongArray:
+        """Tokens of each batch, padding left out, of samples with these lengths."""
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.asarray(lengths, np.int64)[self._order])])
+        rows = np.concatenate([np.zeros(1, np.int64), self._row_ends])
+        bounds = np.concatenate([np.zeros(1, np.int64), self._batch_ends])
+        filled: LongArray = np.diff(ends[rows[bounds]])
+        return filled
+
     @property
     def tokens(self) -> int:
         """Tokens of all batches, padding included."""

@@ -68,8 +68,7 @@ class Engine:
     def _run(
         self, objective: Objective, batch: Batch, key: mx.array | None, gradients: bool
     ) -> tuple[Outcome, dict[str, mx.array]]:
-        if batch.segments is None and self._linear and self._refusal_to_pack() is None:
-            batch = end_to_end(batch, traced=self.config.compiles)
+        batch = self._laid(batch)
         layout = self._layout(batch)
         if self._chain is not None:
             return self._chain.run(objective, batch, layout, key, gradients, self._grade())
@@ -94,7 +93,7 @@ class Engine:
         if len(steps) == 2 and disagreement(steps[1], steps[0]) <= tolerance(self._anatomy.dtype):
             return True
         self.notes.append("everything is kept for the backward pass: its blocks do not give the same when run again")
-        return False
+        return self._linear and self._refusal_to_pack() is None
 
     def _grade(self) -> Grade:
         return "inputs" if self.config.checkpoint_blocks == "inputs" else "products"
@@ -125,6 +124,7 @@ class Engine:
         """
         if self._chain is None:
             return None
+        batch = self._laid(batch)
         return account(self._chain, self._grade(), objective, batch, self._layout(batch), key, gradients)
 
     def use(self, checkpoint_blocks: CheckpointBlocks, loss_chunk: int) -> None:
@@ -142,6 +142,17 @@ class Engine:
             if way is not None:
                 way.close()
         self._chain = self._general = None
+
+    @property
+    def leaves_out_padding(self) -> bool:
+        """Whether padded rows are laid end to end, where that leaves out enough (see `packing.end_to_end`)."""
+        return self._linear and self._refusal_to_pack() is None
+
+    def _laid(self, batch: Batch) -> Batch:
+        """The batch as it is computed."""
+        if batch.segments is None and self.leaves_out_padding:
+            return end_to_end(batch, traced=self.config.compiles)
+        return batch
 
     def _layout(self, batch: Batch) -> Layout:
         reason = None if batch.segments is None else self._refusal_to_pack()
@@ -167,7 +178,7 @@ class Engine:
         if self.config.attention == "linear":
             raise UnsupportedError(f"Attention in linear memory was asked for, but {reason}. Set attention to auto.")
         self.notes.append(f"attention keeps tokens × tokens for each head: {reason}")
-        return False
+        return self._linear and self._refusal_to_pack() is None
 
 
 def _why_not_linear(anatomy: Anatomy, steering: Steering, notes: list[str]) -> str | None:

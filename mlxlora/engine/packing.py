@@ -13,6 +13,7 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import relative_error, tolerance
@@ -64,7 +65,7 @@ def end_to_end(batch: Batch, *, traced: bool) -> Batch:
     total = int(lengths.sum())
     grain = max(TRACED_GRAIN, 1 << max(0, total.bit_length() - 5)) if traced else GRAIN
     total = -(-total // grain) * grain
-    if total > rows * length * (1 - WORTH_IT):
+    if computed(total, rows * length) != total:
         return batch
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens, segments = np.zeros((1, total), np.int32), np.full((1, total), -1, np.int32)
@@ -73,6 +74,11 @@ def end_to_end(batch: Batch, *, traced: bool) -> Batch:
         segments[0, offsets[number] : offsets[number + 1]] = number
     positions = mx.array((offsets[row] + column).astype(np.int32))
     return replace(batch, tokens=mx.array(tokens), loss_positions=positions, segments=mx.array(segments))
+
+
+def computed(tokens: npt.ArrayLike, padded: npt.ArrayLike) -> npt.NDArray[np.int64]:
+    """How many tokens are computed of batches of so many, and so many with padding, where rows are laid end to end."""
+    return np.where(np.less_equal(tokens, np.multiply(padded, 1 - WORTH_IT)), tokens, padded).astype(np.int64)
 
 
 def _by_length(path: str, module: nn.Module) -> str | None:

@@ -25,7 +25,7 @@ from mlxlora.training.config import ROWS, TrainingConfig
 from mlxlora.training.forecast import Forecast, Forecaster, Shape, largest
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig, build
 
-ShapesOf = Callable[[TrainingConfig], tuple[Shape, Shape | None]]
+ShapesOf = Callable[[TrainingConfig, bool], tuple[Shape, Shape | None]]
 GRADES: tuple[CheckpointBlocks, ...] = ("products", "inputs")  # fastest first
 FILLS = 512  # tokens of a micro-batch that keep a device busy: below this, halving it is no gain
 SMALLER = "Take a smaller model, or quantize it: mlxlora convert --quantize.bits 4."
@@ -151,11 +151,13 @@ def settings(training: TrainingConfig) -> Iterator[TrainingConfig]:
             rows //= 2
 
 
-def shapes(splits: DataSplits, samples: SamplesConfig, training: TrainingConfig) -> tuple[Shape, Shape | None]:
-    """The largest batch to learn from, and the largest to validate on."""
+def shapes(
+    splits: DataSplits, samples: SamplesConfig, training: TrainingConfig, unpadded: bool
+) -> tuple[Shape, Shape | None]:
+    """The largest batch to learn from, and the largest to validate on, where padding is left out or not."""
     batching = training.batching(samples)
-    held_out = None if splits.valid is None else largest(splits.valid, batching, shuffle=False)
-    return largest(splits.train, batching, seed=training.seed), held_out
+    held_out = None if splits.valid is None else largest(splits.valid, batching, unpadded=unpadded, shuffle=False)
+    return largest(splits.train, batching, unpadded=unpadded, seed=training.seed), held_out
 
 
 def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf, limit: int) -> Choice:
@@ -166,7 +168,7 @@ def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf
     tried: list[Forecast] = []
     last = list(settings(training))[-1].checkpoint_blocks
     for setting in settings(training):
-        shape, held_out = shapes_of(setting)
+        shape, held_out = shapes_of(setting, forecaster.engine.leaves_out_padding)
         if tried and shape.tokens < FILLS and setting.checkpoint_blocks != last:
             continue
         for chunk in _chunks(setting, shape, forecaster.vocabulary):
@@ -183,7 +185,7 @@ def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf
 def _chunks(setting: TrainingConfig, shape: Shape, vocabulary: int) -> list[int]:
     if setting.loss_chunk is not None:
         return [setting.loss_chunk]
-    usual = chunk_length(max(1, round(shape.learned * shape.tokens)), vocabulary)
+    usual = chunk_length(shape.targets, vocabulary)
     return [0, *(usual // by for by in (4, 16) if usual // by >= 4)]
 
 
@@ -213,7 +215,7 @@ def advice(forecaster: Forecaster, smallest: Forecast, training: TrainingConfig,
     """What would make a run fit that does not: less at once, shorter rows, or a smaller model."""
     if training.blocks not in ("auto", "inputs"):
         return "Take --training.checkpoint_blocks inputs, or leave it open."
-    one = replace(smallest.shape, rows=1)
+    one = smallest.shape.row(smallest.shape.length)
     if smallest.shape.rows > 1 and forecaster.forecast(one, 2).peak <= limit:
         if training.tokens_per_batch is not None:
             return f"One row at a time would: --training.tokens_per_batch {one.length}."

@@ -16,11 +16,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+import numpy.typing as npt
 
 from mlxlora.adapters import block_paths
 from mlxlora.adapters.inject import get_module, kept_aside
@@ -31,6 +33,7 @@ from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.engine.account import Account
 from mlxlora.engine.config import CheckpointBlocks
+from mlxlora.engine.packing import computed
 from mlxlora.parameters import Flat, bytes_of, flat
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 
@@ -43,17 +46,33 @@ LARGEST = 64  # batches that are looked at for the most learned tokens
 
 @dataclass(frozen=True)
 class Shape:
-    """A batch: rows, their length, the share of its tokens that is learned, and the documents in a row."""
+    """A batch.
+
+    rows, length: with padding
+    learned:      the share of its tokens, padding left out, that is learned
+    documents:    in a row
+    filled:       the share of it that is no padding
+    """
 
     rows: int
     length: int
     learned: float
     documents: int = 1
+    filled: float = 1.0
 
     @property
     def tokens(self) -> int:
         """Tokens of the batch, padding included."""
         return self.rows * self.length
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are learned."""
+        return max(1, round(self.learned * self.filled * self.tokens))
+
+    def row(self, length: int) -> Shape:
+        """One row of that length, all of it filled."""
+        return replace(self, rows=1, length=length, filled=1.0)
 
     def part(self, of: int) -> Shape:
         """About one in `of` of its tokens: fewer rows, then shorter ones."""
@@ -71,6 +90,7 @@ class Forecast:
     by_loss: what of the step is the loss alone, where it decides; else 0
     seconds: of one step, all of its micro-batches
     validation_seconds: of the largest batch to validate on
+    unpadded: whether the engine leaves out padding, where that is worth it
     """
 
     checkpoint_blocks: CheckpointBlocks
@@ -86,6 +106,12 @@ class Forecast:
     by_loss: int
     seconds: float
     validation_seconds: float
+    unpadded: bool
+
+    @property
+    def computed(self) -> int:
+        """Tokens of the batch that are computed."""
+        return tokens_computed(self.shape, self.unpadded)
 
     @property
     def resident(self) -> int:
@@ -137,20 +163,22 @@ class Forecaster:
             by_loss=step.by_loss,
             seconds=step.seconds * accumulate,
             validation_seconds=validating.seconds,
+            unpadded=self.engine.leaves_out_padding,
         )
 
     def step(self, shape: Shape, *, gradients: bool = True) -> Account:
         """The account of one step. A batch too large to be tried within the limit is told by proportion to smaller."""
         room, config = self.limit - self.resident, self.engine.config
+        size = partial(tokens_computed, unpadded=self.engine.leaves_out_padding)
         found: Account | None = None
         tokens = 0
         for now in ladder(shape):
-            if found is not None and found.few * now.tokens > room * tokens:
-                return scaled(found, shape.tokens / tokens)
+            if found is not None and found.few * size(now) > room * tokens:
+                return scaled(found, size(shape) / tokens)
             key = (now, config.checkpoint_blocks, config.loss_chunk, gradients)
             if key not in self._known:
                 self._known[key] = self._account(synthetic(now, self.vocabulary), gradients)
-            found, tokens = self._known[key], now.tokens
+            found, tokens = self._known[key], size(now)
         assert found is not None
         return found
 
@@ -158,7 +186,7 @@ class Forecaster:
         """About how many tokens one row may have within `limit`, as the engine is set; 0 where nothing fits."""
 
         def peak(length: int) -> int:
-            return self.forecast(replace(shape, rows=1, length=length)).peak
+            return self.forecast(shape.row(length)).peak
 
         length = shape.length
         while (here := peak(length)) > limit:
@@ -190,14 +218,25 @@ class Outlook:
 
 def outlook(feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, validations: int) -> Outlook:
     """How long `steps` steps over `feed` take, and so many validations, at the pace of the probed batches."""
-    epoch, tokens = feed.plan(0), int(feed.dataset.lengths.sum())
+    tokens = int(feed.dataset.lengths.sum())
+    epoch = computed_of(feed.plan(0), feed.dataset, forecast.unpadded)
     share = steps * forecast.accumulate / max(len(epoch), 1)
-    seconds = epoch.tokens * share * forecast.seconds / (forecast.shape.tokens * forecast.accumulate)
+    seconds = int(epoch.sum()) * share * forecast.seconds / (forecast.computed * forecast.accumulate)
     speed = tokens * share / max(seconds, 1e-9)
     if held_out is not None:
-        batches = held_out.plan(0)
-        seconds += validations * forecast.validation_seconds * batches.tokens / max(int(batches.sizes.max()), 1)
+        batches = computed_of(held_out.plan(0), held_out.dataset, forecast.unpadded)
+        seconds += validations * forecast.validation_seconds * int(batches.sum()) / max(int(batches.max()), 1)
     return Outlook(round(tokens * share), speed, seconds)
+
+
+def tokens_computed(shape: Shape, unpadded: bool) -> int:
+    """Tokens of a batch of that shape that are computed, where padding may be left out (or not)."""
+    return int(computed(round(shape.filled * shape.tokens), shape.tokens)) if unpadded else shape.tokens
+
+
+def computed_of(plan: EpochPlan, dataset: Dataset, unpadded: bool) -> npt.NDArray[np.int64]:
+    """The same of each batch of an epoch."""
+    return computed(plan.filled(dataset.lengths), plan.sizes) if unpadded else plan.sizes
 
 
 def ladder(shape: Shape) -> list[Shape]:
@@ -213,33 +252,37 @@ def scaled(account: Account, by: float) -> Account:
     return Account(round(account.peak * by), round(account.few * by), round(account.by_loss * by), account.seconds * by)
 
 
-def largest(dataset: Dataset, config: BatchConfig, *, seed: int = 0, shuffle: bool = True) -> Shape:
-    """The largest batch of the first epoch, and the largest share of learned tokens in any of about that size."""
+def largest(dataset: Dataset, config: BatchConfig, *, unpadded: bool, seed: int = 0, shuffle: bool = True) -> Shape:
+    """The largest batch of the first epoch, and the most tokens that are learned in any of about that size."""
     plan = plan_epoch(dataset.lengths, config, seed=seed, epoch=0, repeats=dataset.repeats, shuffle=shuffle)
-    rows, length = max(plan.shapes, key=lambda shape: shape[0] * shape[1])
-    return Shape(int(rows), int(length), *_most_learned(dataset, plan, int(rows) * int(length)))
-
-
-def _most_learned(dataset: Dataset, plan: EpochPlan, tokens: int) -> tuple[float, int]:
-    """(the largest share of learned tokens, documents in a row) of the batches of about `tokens` tokens."""
-    learned, documents = 0.0, 1
-    sizes = plan.sizes
-    for position in np.flatnonzero(sizes >= 0.95 * tokens)[:LARGEST]:
+    unpadded = unpadded and not config.packing  # packed rows are computed as they are
+    sizes = computed_of(plan, dataset, unpadded)
+    largest = int(np.argmax(sizes))
+    rows, tokens = int(plan.rows[largest]), int(plan.filled(dataset.lengths)[largest])
+    learned, documents = 0, 1
+    for position in np.flatnonzero(sizes >= 0.95 * sizes[largest])[:LARGEST]:
         planned = plan[int(position)]
-        learned = max(learned, float(dataset.trained[list(planned.samples)].sum()) / int(sizes[position]))
+        learned = max(learned, int(dataset.trained[list(planned.samples)].sum()))
         documents = max(documents, round(len(planned.samples) / len(planned.rows)))
-    return min(learned, 1.0), documents
+    length = plan[largest].length
+    return Shape(rows, length, min(learned / max(tokens, 1), 1.0), documents, tokens / (rows * length))
 
 
 def synthetic(shape: Shape, vocabulary: int) -> Batch:
-    """A batch of random tokens of that shape."""
+    """A batch of random tokens of that shape: one row of the full length, the others share what is left."""
     random = np.random.default_rng(0)
     rows, length = shape.rows, shape.length
     tokens = random.integers(0, vocabulary, (rows, length)).astype(np.int32)
-    count = min(max(1, round(shape.learned * rows * length)), rows * (length - 1))
-    places = np.sort(random.permutation(rows * (length - 1))[:count])
+    filled = max(round(shape.filled * shape.tokens), 2 * rows)
+    others = np.diff(np.linspace(0, max(filled - length, 2 * (rows - 1)), rows).round().astype(np.int64))
+    lengths = np.concatenate([[min(filled, length)], others])
+    inside = np.concatenate([row * length + np.arange(size - 1) for row, size in enumerate(lengths)])
+    ends = np.arange(rows) * length + lengths - 2  # a row ends where something is learned last
+    between = np.setdiff1d(inside, ends)
+    count = min(max(shape.targets, rows), len(inside))
+    places = np.sort(np.concatenate([ends, random.permutation(between)[: count - rows]]))
     positions = np.zeros(position_count(count), np.int32)
-    positions[:count] = places // (length - 1) * length + places % (length - 1)
+    positions[:count] = places
     targets = tokens.reshape(-1)[positions + 1]
     segments = None
     if shape.documents > 1:

@@ -30,6 +30,7 @@ def log_normal(count: int, seed: int = 0) -> np.ndarray:
 def test_every_row_once_and_room_for_all(lengths: list[int], config: BatchConfig, seed: int, epoch: int) -> None:
     sizes = np.array(lengths, np.int32)
     plan = plan_epoch(sizes, config, seed=seed, epoch=epoch)
+    assert plan.filled(sizes).tolist() == [int(sizes[list(batch.samples)].sum()) for batch in plan]
     assert sorted(sample for planned in plan for sample in planned.samples) == list(range(len(lengths)))
     for planned in plan:
         assert planned.rows

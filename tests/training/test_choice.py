@@ -27,7 +27,7 @@ TAKES = {
 }  # fmt: skip
 
 
-def shapes(training: TrainingConfig) -> tuple[Shape, Shape | None]:
+def shapes(training: TrainingConfig, unpadded: bool) -> tuple[Shape, Shape | None]:
     rows = training.batch_size or (training.tokens_per_batch or 4 * LENGTH) // LENGTH
     return Shape(rows, LENGTH, 0.5), None
 

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data import BatchConfig, SamplesConfig, load
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.engine.account import Account
+from mlxlora.engine.packing import end_to_end
 from mlxlora.finetune import finetune
 from mlxlora.objectives.sft import sft
 from mlxlora.parameters import flat
@@ -63,6 +65,36 @@ def test_a_run_takes_what_was_foretold(
     started, finished = (next(event for event in seen if isinstance(event, kind)) for kind in (Started, Finished))
     assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.1)  # type: ignore[union-attr]
     assert started.predicted_seconds > 0 and "tokens" in started.chosen  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["llama", "lfm2"])
+def test_uneven_rows_are_foretold_as_they_are_computed(tmp_path: Path, family: str) -> None:
+    """Laid end to end where the model allows it, padded where it carries a state from token to token."""
+    sizes = SIZES if family == "llama" else {}
+    tiny.model_directory(tmp_path / "model", family, num_hidden_layers=2, **sizes)
+    rows = [json.dumps({"text": f"number {number} " * (16 if number % 4 else 60)}) for number in range(8)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    seen: list[Event] = []
+    finetune(
+        str(tmp_path / "model"), [str(tmp_path / "rows.jsonl")], tmp_path / "run",
+        samples=SamplesConfig(max_length=240, validation_split=0.0),
+        training=TrainingConfig(steps=2, batch_size=8), on_event=seen.append,
+    )  # fmt: skip
+    started, finished = (next(event for event in seen if isinstance(event, kind)) for kind in (Started, Finished))
+    assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.1)  # type: ignore[union-attr]
+
+
+def test_a_batch_with_padding_is_as_full_as_the_one_it_stands_for() -> None:
+    shape = Shape(4, 100, 0.5, filled=0.4)
+    batch = synthetic(shape, tiny.VOCABULARY)
+    assert batch.tokens.shape == (4, 100)
+    assert batch.weights.sum().item() == shape.targets == 80
+    places = np.array(batch.loss_positions)[np.array(batch.weights) > 0]
+    assert {*(places // 100)} == {0, 1, 2, 3}
+    laid = end_to_end(batch, traced=False)
+    assert laid.tokens.shape[0] == 1 and laid.tokens.shape[1] == pytest.approx(160, abs=8)
+    one = synthetic(shape.row(64), tiny.VOCABULARY)
+    assert end_to_end(one, traced=False).tokens.shape == (1, 64)
 
 
 def test_probing_leaves_network_and_optimizer_as_they_were() -> None:
@@ -146,9 +178,9 @@ def test_the_largest_batch_of_the_data(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tmp_path / "model")
     rows = [{"text": "word " * count} for count in (5, 80, 40, 10, 7, 60)]
     splits = load(rows, tokenizer, SamplesConfig(validation_split=0.0))
-    shape = largest(splits.train, BatchConfig(batch_size=2))
+    shape = largest(splits.train, BatchConfig(batch_size=2), unpadded=False)
     assert shape.rows <= 2 and shape.tokens >= splits.train.lengths.max() and 0.8 < shape.learned <= 1.0
-    packed = largest(splits.train, BatchConfig(batch_size=2, packing=True, max_length=200))
+    packed = largest(splits.train, BatchConfig(batch_size=2, packing=True, max_length=200), unpadded=True)
     assert packed.documents > 1
     assert synthetic(packed, tiny.VOCABULARY).segments is not None
 
