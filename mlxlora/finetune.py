@@ -167,7 +167,8 @@ def session(
             network=network, engine=engine, objective=sft, batches=batches, optimizer=optimizer, config=training,
             validation=held_out, store=run, adapter_writer=write, state=state, control=control or Control(), pace=pace,
             sampler=lambda: answers(model, held_out), predicted_peak=choice.forecast.peak, memory_limit=limit,
-            predicted_seconds=expected.seconds, chosen=described(choice.forecast),
+            predicted_seconds=expected.seconds, predicted_tokens_per_second=expected.tokens_per_second,
+            chosen=described(choice.forecast), why=choice.why(),
         )  # fmt: skip
     finally:
         if ready is not None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Self
 
 from mlxlora.files import human_bytes
 from mlxlora.reporting.clock import clock
+from mlxlora.reporting.foretold import foretold
 
 if TYPE_CHECKING:
     from rich.console import Console as Terminal
@@ -107,6 +108,8 @@ class Console:
 
         if isinstance(event, events.Started):
             self.stop()
+            if text := foretold(event):
+                self.say(f"plan: {text}")
             self.panel = Panel(event)
             self.drawing = Live(self.panel, console=self.screen(), refresh_per_second=4)
             self.drawing.start()
@@ -126,11 +129,12 @@ class Console:
             return
         match event:
             case events.Started():
+                if text := foretold(event):
+                    self.say(f"plan: {text}")
                 share = 100 * event.trainable_parameters / max(event.total_parameters, 1)
                 self.say(
                     f"training {event.trainable_parameters:,} of {event.total_parameters:,} parameters ({share:.2f} %) "
                     f"on {event.samples:,} samples for {event.steps:,} steps"
-                    f"; memory at most {human_bytes(event.predicted_peak)} of {human_bytes(event.memory_limit)}"
                     + (f", going on after step {event.step:,}" if event.step else "")
                 )
             case events.Step():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,10 @@ from mlxlora.commands import command
 from mlxlora.errors import RunError
 from mlxlora.files import human_bytes, read_json, read_yaml, refuse_no_page, write_whole
 from mlxlora.reporting.clock import clock
+from mlxlora.reporting.foretold import foretold
 from mlxlora.reporting.jsonl import read
 from mlxlora.reporting.page import chart, render, smooth
+from mlxlora.training.events import Started
 
 
 @dataclass(frozen=True)
@@ -211,7 +213,7 @@ CHARTS: list[Callable[[Sequence[Run]], dict[str, Any]]] = [
 
 def facts(run: Run) -> dict[str, Any]:
     """What a run learned from and on what, by name."""
-    data, started = run.last("data"), run.last("started")
+    data, started, step = run.last("data"), run.last("started"), run.last("step")
     found: dict[str, Any] = {
         "model": run.config.get("model"),
         "data": ", ".join(run.config.get("data") or ["rows given in Python"]),
@@ -225,10 +227,21 @@ def facts(run: Run) -> dict[str, Any]:
     if started:
         share = 100 * started["trainable_parameters"] / max(started["total_parameters"], 1)
         found["parameters"] = f"{started['trainable_parameters']:,} of {started['total_parameters']:,} ({share:.2f} %)"
+        if text := foretold(begun(run)):
+            found["foretold"] = text
+    if step:
+        peak = human_bytes(max(event["peak_memory"] for event in run.of("step")))
+        found["measured"] = f"peak {peak}, {clock(step['elapsed'])} for {step['step']:,} steps"
     for name in ("model", "tokenizer", "data", "validation data"):
         if run.identity.get(name):
             found[f"fingerprint of the {name}"] = str(run.identity[name])[:16]
     return found
+
+
+def begun(run: Run) -> Started:
+    """The event with which the run, or its first part, began."""
+    first = run.of("started")[0]
+    return Started(**{field.name: first[field.name] for field in fields(Started) if field.name in first})
 
 
 def rows(tables: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -76,6 +76,9 @@ class Watch:
         if self.trackers is None:
             self.trackers = self.begin()
         step = event.step
+        if isinstance(event, Data):  # what is foretold comes first, then what is to be said of it
+            self.pass_on(event)
+            return
         pending = [Notice(step, text) for text in self.notices[self.told :]]
         self.told = len(self.notices)
         for one in (event, *pending):

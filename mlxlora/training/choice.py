@@ -38,10 +38,12 @@ class Choice:
 
     training: the options with everything filled in; None where nothing fits
     tried:    all forecasts, in their order; the last is the one chosen, or the smallest
+    free:     whether there was anything to choose, and not everything set
     """
 
     training: TrainingConfig | None
     tried: list[Forecast]
+    free: bool = True
 
     @property
     def forecast(self) -> Forecast:
@@ -51,7 +53,7 @@ class Choice:
     def why(self) -> str:
         """Why this and nothing faster."""
         if len(self.tried) == 1:
-            return "the fastest, and it fits"
+            return "the fastest, and it fits" if self.free else "as set, and it fits"
         before = self.tried[-2]
         return f"{described(before)} would take {human_bytes(before.peak)}"
 
@@ -133,8 +135,9 @@ def prepare(
 
 def described(forecast: Forecast) -> str:
     """The settings of a forecast in words."""
-    text = f"{forecast.checkpoint_blocks} with {forecast.shape.rows} × {forecast.shape.length:,} tokens"
-    return text + (f" and a loss chunk of {forecast.loss_chunk}" if forecast.loss_chunk else "")
+    batch = f"batches of {forecast.shape.rows} × {forecast.shape.length:,} tokens"
+    chunk = f", loss_chunk {forecast.loss_chunk}" if forecast.loss_chunk else ""
+    return f"checkpoint_blocks {forecast.checkpoint_blocks}, {batch}{chunk}"
 
 
 def settings(training: TrainingConfig) -> Iterator[TrainingConfig]:
@@ -166,20 +169,21 @@ def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf
     shapes_of: see `shapes`
     """
     tried: list[Forecast] = []
-    last = list(settings(training))[-1].checkpoint_blocks
-    for setting in settings(training):
+    open_ = list(settings(training))
+    free = len(open_) > 1
+    for setting in open_:
         shape, held_out = shapes_of(setting, forecaster.engine.leaves_out_padding)
-        if tried and shape.tokens < FILLS and setting.checkpoint_blocks != last:
+        if tried and shape.tokens < FILLS and setting.checkpoint_blocks != open_[-1].checkpoint_blocks:
             continue
         for chunk in _chunks(setting, shape, forecaster.vocabulary):
             forecaster.engine.use(setting.blocks, chunk)
             found = forecaster.forecast(shape, setting.accumulate, held_out)
             tried.append(found)
             if found.peak <= limit:
-                return Choice(replace(setting, loss_chunk=chunk or None), tried)
+                return Choice(replace(setting, loss_chunk=chunk or None), tried, free)
             if not found.by_loss:
                 break  # fewer logits at a time would change nothing
-    return Choice(None, tried)
+    return Choice(None, tried, free)
 
 
 def _chunks(setting: TrainingConfig, shape: Shape, vocabulary: int) -> list[int]:

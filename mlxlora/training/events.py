@@ -54,8 +54,12 @@ class Started:
     """bytes that it may take; 0 where there is no limit"""
     predicted_seconds: float = 0.0
     """how long the run will take from its first step, by forecast; 0 where none was made"""
+    predicted_tokens_per_second: float = 0.0
+    """processed tokens a second, by forecast"""
     chosen: str = ""
-    """what of batches and checkpointing was chosen, in words"""
+    """the settings of batches, checkpointing and the loss, in words"""
+    why: str = ""
+    """why these and nothing faster"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,10 +79,12 @@ class Trainer:
     sampler: Callable[[], tuple[list[str], list[str]]] | None = None
     """Answers held-out prompts: (prompts, answers)."""
     predicted_peak: int = 0
-    """Bytes, as is `memory_limit`: they and the two below are only told."""
+    """Bytes, as is `memory_limit`: they and the four below are only told."""
     memory_limit: int = 0
     predicted_seconds: float = 0.0
+    predicted_tokens_per_second: float = 0.0
     chosen: str = ""
+    why: str = ""
 
     def __post_init__(self, state: TrainingState | None) -> None:
         self.counters = Counters()
@@ -125,7 +127,9 @@ class Trainer:
             predicted_peak=self.predicted_peak,
             memory_limit=self.memory_limit,
             predicted_seconds=self.predicted_seconds,
+            predicted_tokens_per_second=self.predicted_tokens_per_second,
             chosen=self.chosen,
+            why=self.why,
         )
         self.control.running = True
         reason: Reason | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console as Terminal
 
 from mlxlora.reporting.console import Console
+from mlxlora.reporting.foretold import foretold
 from mlxlora.reporting.panel import CURVE, KEPT, Curve, Panel, averages, sparkline
 from mlxlora.training import events
 
@@ -60,6 +62,13 @@ def test_the_panel_tells_everything() -> None:
         "of 8.0 GB (25 %)", "It is I.", "saved", "█▇",
     ):  # fmt: skip
         assert word in text, f"{word} is missing in\n{text}"
+
+
+def test_what_was_foretold_in_words() -> None:
+    told = started(predicted_seconds=750.0, predicted_tokens_per_second=1234.5, chosen="batches of 4", why="it fits")
+    assert foretold(told) == "peak 2.0 GB of 8.0 GB, about 12 min 30 s at 1,234 tokens/s (batches of 4: it fits)"
+    assert foretold(replace(told, step=80)).startswith("peak 2.0 GB of 8.0 GB, about 2 min 30 s")
+    assert foretold(started(predicted_peak=0)) == "" and foretold(started()) == "peak 2.0 GB of 8.0 GB"
 
 
 def test_between_steps_the_clock_goes_on() -> None:
@@ -116,6 +125,7 @@ def test_on_a_terminal_only_notices_scroll() -> None:
         console.event(events.Finished(100, 2.0, "done", 1.0, 2.0, 100, 150.0, 2 * 10**9))
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue())
     assert "note: 3 samples [left] out" in text and "training done" in text
+    assert text.index("plan: peak 2.0 GB of 8.0 GB") < text.index("╭")
     assert "validation loss" not in text and "\x1b[1A" in file.getvalue()
     last = text[text.rindex("╭") :]
     assert "step 100 of 100" in last and "2.0000 at step 100" in last and "before 3.0000" in last
@@ -130,6 +140,7 @@ def test_without_a_terminal_plain_lines(capsys: pytest.CaptureFixture[str]) -> N
         console.event(validation(2, 2.5, 2.5))
         console.event(step(100))
     text = capsys.readouterr().err
+    assert text.index("plan: peak 2.0 GB of 8.0 GB") < text.index("training 10 of 1,000 parameters")
     assert "\x1b" not in text and "tokenising …" in text and "validation loss 2.5000  (best)" in text
     assert "step 1/100" in text and "step 2/100" not in text and "100 %  step 100/100" in text
 

@@ -24,7 +24,8 @@ def make_run(path: Path, steps: int = 60, offset: float = 0.0, rank: int = 8) ->
          "trained_tokens": 40_000, "shortest": 12, "longest": 2_000, "histogram_edges": [0, 100, 200, 300],
          "histogram_counts": [400, 300, 150, 50]},
         {"event": "started", "step": 0, "steps": steps, "epochs": 2.0, "samples": 900, "trainable_parameters": 10_000,
-         "total_parameters": 1_000_000},
+         "total_parameters": 1_000_000, "predicted_peak": 2 * 10**9, "memory_limit": 8 * 10**9,
+         "predicted_seconds": 40.0},
         {"event": "notice", "step": 0, "message": f"3 samples left out {HOSTILE}"},
         {"event": "samples", "step": 0, "prompts": ["How many?", HOSTILE], "answers": ["I see a table.", "?"]},
         {"event": "validation", "step": 0, "epoch": 0.0, "loss": 3.0, "tokens": 500, "best_loss": None, "best": False,
@@ -55,6 +56,7 @@ def test_one_run(tmp_path: Path) -> None:
     text = result.report.read_text()
     assert result.report == run / "report.html"
     assert "validation loss before" in text and "3.0000" in text and "SELECT count(*) FROM t" in text
+    assert "peak 2.0 GB of 8.0 GB, about 40 s" in text and "peak 2.1 GB, 30 s for 60 steps" in text
     assert HOSTILE not in text and "&lt;script&gt;document.title" in text
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
     data = json.loads(re.search(r'id="charts">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
