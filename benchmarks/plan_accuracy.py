@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 64,
         "q_lora_rank": 64,
         "qk_rope_head_dim": 32,
-        "qk_nope_head_dim": 32,
+        "qk_nope_head_dim": 64,
         "v_head_dim": 64,
         "head_dim": None,
         "moe_intermediate_size": 192,

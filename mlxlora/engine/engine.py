@@ -93,7 +93,7 @@ class Engine:
         if len(steps) == 2 and disagreement(steps[1], steps[0]) <= tolerance(self._anatomy.dtype):
             return True
         self.notes.append("everything is kept for the backward pass: its blocks do not give the same when run again")
-        return self._linear and self._refusal_to_pack() is None
+        return False
 
     def _grade(self) -> Grade:
         return "inputs" if self.config.checkpoint_blocks == "inputs" else "products"
@@ -178,7 +178,7 @@ class Engine:
         if self.config.attention == "linear":
             raise UnsupportedError(f"Attention in linear memory was asked for, but {reason}. Set attention to auto.")
         self.notes.append(f"attention keeps tokens × tokens for each head: {reason}")
-        return self._linear and self._refusal_to_pack() is None
+        return False
 
 
 def _why_not_linear(anatomy: Anatomy, steering: Steering, notes: list[str]) -> str | None:
