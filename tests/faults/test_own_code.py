@@ -15,6 +15,7 @@ import pytest
 from mlxlora import cli
 from mlxlora.cli import VERBS
 from mlxlora.errors import MlxLoraError
+from mlxlora.serve import Server
 from tests import tiny
 from tests.faults import session
 
@@ -91,6 +92,8 @@ def words_of(verb: str, model: Path, folder: Path) -> list[str] | None:
             words += [*flag, str(values[parameter.name])]
         if parameter.name == "sampling":
             words += ["--sampling.max_tokens", "4"]
+        if parameter.name == "port":
+            words += ["--port", "0"]
     return words
 
 
@@ -105,6 +108,7 @@ def test_no_verb_runs_it_or_asks(
         pytest.skip("takes no model")
     answers = io.StringIO("y\n" * 2)
     monkeypatch.setattr(sys, "stdin", answers)
+    monkeypatch.setattr(Server, "wait", lambda server: None)  # it would serve until Ctrl-C
     monkeypatch.setattr(logging, "raiseExceptions", False)  # transformers logs to the stderr of the test before
     code = cli.main(words)
     said = capsys.readouterr()
