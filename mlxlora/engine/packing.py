@@ -65,7 +65,7 @@ def end_to_end(batch: Batch, *, traced: bool) -> Batch:
     total = int(lengths.sum())
     grain = max(TRACED_GRAIN, 1 << max(0, total.bit_length() - 5)) if traced else GRAIN
     total = -(-total // grain) * grain
-    if computed(total, rows * length) != total:
+    if computed(total, rows * length) == rows * length:
         return batch
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     tokens, segments = np.zeros((1, total), np.int32), np.full((1, total), -1, np.int32)
