@@ -36,7 +36,8 @@ import mlxlora.plan
 sys.modules["mlxlora.plan"].CONTEXTS = (32, 64)  # of its table: the other rows need longer steps, not other code
 def ask(server):
     body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
-    request = urllib.request.Request(server.address + "/v1/chat/completions", body, {"Content-Type": "application/json"})
+    kind = {"Content-Type": "application/json"}
+    request = urllib.request.Request(server.address + "/v1/chat/completions", body, kind)
     assert json.load(urllib.request.urlopen(request, timeout=60))["choices"]
 Server.wait = ask
 sys.stdin = io.StringIO("Hi\\n/compare What?\\n/exit\\n")
@@ -54,7 +55,7 @@ def commands(folder: Path) -> list[list[str]]:
     base = ["--model", str(model)]
     rows = [*base, "--data", str(data)]
     tuned = [*base, "--adapter", str(folder / "run")]
-    short = ["--sampling.max_tokens", "2"]
+    short, inputs = ["--sampling.max_tokens", "2"], ["--training.checkpoint_blocks", "inputs"]
     quantize = ["--quantize.bits", "4", "--quantize.group_size", "32"]
     search = "--samples.validation_split 0.3 --search.learning_rates 0.001 --search.ranks 2 --search.targets attention"
 
@@ -71,8 +72,8 @@ def commands(folder: Path) -> list[list[str]]:
         ["chat", *tuned, *short],
         ["serve", *tuned, "--port", "0"],
         ["compare", *tuned, "--data", str(data), "--metrics", "exact", *short],
-        ["plan", *rows, "--training.checkpoint_blocks", "inputs"],
-        ["tune", *rows, *to("search"), *search.split(), "--search.steps", "1", "--training.checkpoint_blocks", "inputs"],
+        ["plan", *rows, *inputs],
+        ["tune", *rows, *to("search"), *search.split(), "--search.steps", "1", *inputs],
         ["data", "check", str(data), *base],
         ["data", "convert", str(data), *to("rows.jsonl")],
         ["report", str(folder / "run")],
@@ -115,4 +116,4 @@ def test_no_connection_with_local_paths(tmp_path: Path) -> None:
     assert own and all("127.0.0.1" in line and "gethostby" not in line for line in own), own
     tried = [line for line in tried if not line.startswith(("none ", "serve "))]
     assert not tried, tried
-    print(f"{len(codes)} commands, every verb, on local paths with the hub allowed: no connection tried, no name looked up")
+    print(f"{len(codes)} commands, every verb, on local paths, the hub allowed: no connection tried, no name looked up")
