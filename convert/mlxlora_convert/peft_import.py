@@ -154,12 +154,6 @@ class _Reader:
         if path is None and lora.path == self.names.family.head:
             self._add_tied_head(lora)
             return
-        if path is None and lora.path.endswith(".kv_b_proj"):
-            raise UnsupportedError(
-                f"{lora.path}: mlx-lm keeps this projection of multi-head latent attention as one matrix a head, in "
-                "two layers (embed_q and unembed_out) which carry no LoRA here. Merge the adapter with PEFT "
-                "(merge_and_unload) and convert the merged model instead."
-            )
         if path is None:
             known = [self.names.to_hf(path) for path in self.places]
             self.problems.append(
