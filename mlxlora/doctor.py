@@ -134,9 +134,9 @@ def advice(backend: str, rate: float, recommended: int) -> list[str]:
     if backend == "CPU" and sys.platform == "linux" and rate < SLOW:
         said.append(
             "float32 products are slow: MLX found a reference BLAS. Install OpenBLAS (apt-get install "
-            "libopenblas0-pthread) and run with LD_PRELOAD=…/openblas-pthread/libopenblas.so.0, and with "
-            "OPENBLAS_CORETYPE=SKYLAKEX (AVX-512) or HASWELL (AVX2) if it is older than the processor; the Makefile "
-            "does both"
+            "libopenblas0-pthread), set LD_PRELOAD to its libopenblas.so.0 (`dpkg -L libopenblas0-pthread` "
+            "tells where) and OPENBLAS_CORETYPE=SKYLAKEX (AVX-512) or HASWELL (AVX2) if it is older than the "
+            "processor; the Makefile does both"
         )
     if recommended < 8e9:
         said.append("under 8 GB for MLX: take models of at most 3 B parameters in 4 bits")

@@ -122,10 +122,6 @@ class AdapterLayer(Wrapper):
     def start(self, key: mx.array) -> None:
         """Make the learned arrays such that the layer computes what its base does."""
 
-    @abstractmethod
-    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
-        """What the adapter adds to `y`, the output of the base for `x`."""
-
     def set_dropout_key(self, key: mx.array | None) -> None:
         """The randomness of the next forward passes; None switches dropout off."""
         object.__setattr__(self, "_dropout_key", key)  # no entry of the module's dict: it is state of no one

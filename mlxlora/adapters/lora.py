@@ -101,9 +101,6 @@ class LoRARouter(LoRAMatrix):
 
     linear: Any
 
-    def effect(self, x: mx.array, y: mx.array, *arguments: Any) -> mx.array:
-        raise NotImplementedError("choices of experts do not add up; `adapted` does")
-
     def __call__(self, x: mx.array) -> Any:
         return with_weight(self.linear, self.adapted(), x)
 

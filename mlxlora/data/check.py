@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from mlxlora.data.look import Looker
 from mlxlora.data.reader import OTHER_OBJECTIVES
 from mlxlora.data.show import Shown, for_page, for_terminal, shown
 from mlxlora.errors import ConfigError
-from mlxlora.files import refuse_no_page, write_whole
+from mlxlora.files import plain, refuse_no_page, write_whole
 from mlxlora.model import load_tokenizer
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
@@ -45,6 +47,7 @@ class DataCheck:
     steps: optimizer steps of an epoch with this batch size
     findings: warnings
     shown: some samples, token by token
+    settings: of `samples`, those that are not the defaults
     """
 
     data: tuple[str, ...]
@@ -67,6 +70,7 @@ class DataCheck:
     steps: int
     findings: tuple[Finding, ...]
     shown: tuple[Shown, ...]
+    settings: dict[str, Any]
     html: Path | None = None
 
     def facts(self) -> list[tuple[str, str]]:
@@ -103,8 +107,14 @@ class DataCheck:
         lines += [f"  ! {finding}" for finding in self.findings]
         if self.html:
             lines.append(f"all of it as a page: {self.html}")
-        lines += ["", f"next: {command('train', model=self.model, data=self.data, out='RUN')}"]
+        flags = {f"samples.{name}": _word(value) for name, value in self.settings.items()}
+        lines += ["", f"next: {command('train', model=self.model, data=self.data, **flags, out='RUN')}"]
         return "\n".join(lines)
+
+
+def _word(value: Any) -> str:
+    """A setting as one word of a command line, read back as YAML."""
+    return value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
 
 
 def check(
@@ -176,6 +186,7 @@ def check(
         packed_padding=1 - seen / max(1, packed.tokens),
         steps=len(packed if samples.packing else plan),
         findings=findings.all,
+        settings={name: value for name, value in vars(samples).items() if value != getattr(SamplesConfig(), name)},
         shown=tuple(shown(train[index], tokenizer) for index in _chosen(train, show)),
         html=html,
     )

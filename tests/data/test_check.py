@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from mlxlora import flags
 from mlxlora.cli import main
 from mlxlora.data.check import DataCheck, check
 from mlxlora.data.config import SamplesConfig
+from mlxlora.finetune import finetune
 from tests import tiny
 
 Write = Callable[..., Path]
@@ -40,6 +43,14 @@ def test_figures(jsonl: Write, model: Path) -> None:
     pieces = found.shown[0].pieces
     assert "".join(p.text for p in pieces if p.weight).startswith("It is city") and pieces[0].text == "<|im_start|>"
     assert pieces[0].control and pieces[0].weight == 0
+
+
+def test_the_next_command_trains_on_the_same_samples(jsonl: Write, model: Path) -> None:
+    samples = SamplesConfig(max_length=99, packing=True, columns={"messages": "messages"}, validation_split=0.25)
+    found = check([str(jsonl(GOOD))], model=str(model), samples=samples)
+    words = shlex.split(str(found).splitlines()[-1].removeprefix("next: mlxlora train "))
+    parser = flags.build_parser(finetune)
+    assert flags.parse(parser, flags.normalise(parser, words))["samples"] == samples
 
 
 def test_json_and_page(jsonl: Write, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
