@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import mlx.core as mx
 
 from mlxlora.commands import command
 from mlxlora.data import BatchConfig, Dataset, SamplesConfig, collate, plan_epoch
 from mlxlora.data import load as load_data
+from mlxlora.data.counts import Counts
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
+from mlxlora.parameters import number
 from mlxlora.progress import Progress
 
 Split = Literal["auto", "train", "valid", "test"]
@@ -121,13 +123,6 @@ def evaluate(
         loaded.adapters.set_scales(scales)
         adapted, _, more = score(loaded, chosen, tokens_per_batch=tokens_per_batch, on_progress=on_progress)
         notes = list(dict.fromkeys([*notes, *more]))
-    counts = splits.counts[name]
-    lost = {
-        "truncated": counts.truncated,
-        "left out as too long": counts.dropped,
-        "unusable": counts.unlocated + counts.untrained,
-    }
-    notes += [f"{number} samples {what}" for what, number in lost.items() if number]
     return Evaluation(
         model=model,
         adapter=tuple(adapter or ()),
@@ -137,8 +132,19 @@ def evaluate(
         tokens=tokens,
         base=base,
         adapted=adapted,
-        notes=tuple(notes),
+        notes=(*notes, *_lost(splits.counts[name])),
     )
+
+
+def _lost(counts: Counts) -> list[str]:
+    """What a figure leaves out."""
+    lost = {
+        "truncated": counts.truncated,
+        "left out as too long": counts.dropped,
+        "left out as too short": counts.short,
+        "unusable": counts.lost,
+    }
+    return [f"{count} samples {what}" for what, count in lost.items() if count]
 
 
 def score(
@@ -159,14 +165,14 @@ def score(
     total, weight = 0.0, 0.0
     try:
         pending: list[tuple[mx.array, mx.array]] = []
-        for number, planned in enumerate(plan, 1):
+        for done, planned in enumerate(plan, 1):
             part, count, _ = engine.evaluate(sft, collate(dataset, planned, pad_id=model.tokenizer.pad_id))
             mx.async_eval(part, count)
             pending.append((part, count))
             if len(pending) > 1:  # one batch runs while the next is put together
                 total, weight = _added(pending.pop(0), total, weight)
             if on_progress is not None:
-                on_progress("evaluating", number, len(plan))
+                on_progress("evaluating", done, len(plan))
         for last in pending:
             total, weight = _added(last, total, weight)
         notes = list(engine.notes)
@@ -178,10 +184,5 @@ def score(
 
 def _added(done: tuple[mx.array, mx.array], total: float, weight: float) -> tuple[float, float]:
     """Sums in double precision, so that their order does not show."""
-    part, count = (_float(value) for value in done)
-    return total + part, weight + count
-
-
-def _float(value: mx.array) -> float:
-    number: Any = value.item()
-    return float(number)
+    part, count = done
+    return total + number(part), weight + number(count)

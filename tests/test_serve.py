@@ -180,7 +180,7 @@ def test_what_a_user_writes_cannot_end_his_turn(server: Server, loaded: model.La
 
 def test_the_template_runs_in_our_sandbox_with_our_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A template is a program of the model's: one that does not end, or breaks, costs its request alone."""
-    monkeypatch.setattr("mlxlora.data.template.SECONDS", 0.3)
+    monkeypatch.setattr("mlxlora.data.sandbox.SECONDS", 0.3)
     loops = "{% if messages[-1].content == 'go' %}{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}"
     reaches = "{% elif messages[-1].content == 'in' %}{{ messages.__class__.__mro__ }}"
     template = loops + "{% endfor %}" + reaches + "{% endif %}" + tiny.CHATML

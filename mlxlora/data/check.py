@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxlora import hub
 from mlxlora.commands import command
-from mlxlora.data.batches import plan_epoch
+from mlxlora.data.batches import EpochPlan, plan_epoch
 from mlxlora.data.config import BatchConfig, SamplesConfig
 from mlxlora.data.counts import Counts
 from mlxlora.data.dataset import Dataset
@@ -42,6 +42,7 @@ class DataCheck:
     histogram: samples by length: (shortest, longest, how many)
     unmasked: rows whose answer could not be located, and which are left out
     truncated, dropped: samples longer than max_length, which are cut or left out
+    short: samples with fewer tokens than min_length, which are left out
     rejected: rows whose ending is labelled as bad
     padding, packed_padding: share of a batch that is padding, one sample a row and packed
     steps: optimizer steps of an epoch with this batch size
@@ -64,6 +65,7 @@ class DataCheck:
     unmasked: int
     truncated: int
     dropped: int
+    short: int
     rejected: int
     padding: float
     packed_padding: float
@@ -89,8 +91,9 @@ class DataCheck:
         ]
 
     def _left_out(self) -> str:
-        bad = f"{self.rejected:,} labelled as bad, " if self.rejected else ""
-        return f"{bad}{self.dropped:,} too long, {self.unmasked:,} without an answer; {self.truncated:,} are cut"
+        rare = {"labelled as bad": self.rejected, "too short": self.short}
+        first = "".join(f"{count:,} {what}, " for what, count in rare.items() if count)
+        return f"{first}{self.dropped:,} too long, {self.unmasked:,} without an answer; {self.truncated:,} are cut"
 
     def __str__(self) -> str:
         colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
@@ -158,14 +161,10 @@ def check(
     if others and samples.preference == "refuse":
         findings.add("objective", f"the rows are for another objective ({', '.join(others)})")
     _look_at_samples(splits, tokenizer, findings)
-    looker = Looker(tokenizer, samples, findings)
-    looker.look(data, on_progress)
+    Looker(tokenizer, samples, findings).look(data, on_progress)
     train, counts = splits.train, splits.counts["train"]
     plan = plan_epoch(train.lengths, batches, seed=seed, epoch=0, repeats=train.repeats)
     packed = plan_epoch(train.lengths, replace(batches, packing=True), seed=seed, epoch=0, repeats=train.repeats)
-    seen = int(train.lengths.sum()) if train.repeats is None else sum(
-        int(train.lengths[list(batch.samples)].sum()) for batch in plan
-    )  # fmt: skip
     result = DataCheck(
         data=tuple(str(item) for item in data),
         model=model,
@@ -181,9 +180,10 @@ def check(
         unmasked=counts.unlocated,
         truncated=counts.truncated,
         dropped=counts.dropped,
+        short=counts.short,
         rejected=counts.rejected,
-        padding=1 - seen / max(1, plan.tokens),
-        packed_padding=1 - seen / max(1, packed.tokens),
+        padding=_padding(plan, train),
+        packed_padding=_padding(packed, train),
         steps=len(packed if samples.packing else plan),
         findings=findings.all,
         settings={name: value for name, value in vars(samples).items() if value != getattr(SamplesConfig(), name)},
@@ -226,12 +226,13 @@ def _look_at_counts(counts: Counts, findings: Findings) -> None:
     for problem in counts.listed:
         if "max_length" in problem.what:
             findings.add("dropped", "samples are longer than max_length and are left out", problem.where)
-    for kind, all_of_them in (("long", counts.truncated), ("dropped", counts.dropped)):
-        findings.raise_count(kind, all_of_them)
-    for problem in counts.listed:
-        kind = "untrained" if problem.what == "no token of it is learned" else "unlocated"
-        if "max_length" not in problem.what:
+        elif "min_length" in problem.what:
+            findings.add("short", "samples are shorter than min_length and are left out", problem.where)
+        else:
+            kind = "untrained" if problem.what == "no token of it is learned" else "unlocated"
             findings.add(kind, problem.what, problem.where)
+    for kind, all_of_them in (("long", counts.truncated), ("dropped", counts.dropped), ("short", counts.short)):
+        findings.raise_count(kind, all_of_them)
 
 
 # -- figures ----------------------------------------------------------------------------------------------------------
@@ -241,6 +242,11 @@ def _template_name(tokenizer: Tokenizer, config: SamplesConfig) -> str:
     if config.template:
         return config.template
     return "the model's own" if tokenizer.chat_templates else "none (plain text)"
+
+
+def _padding(plan: EpochPlan, data: Dataset) -> float:
+    """The share of an epoch's tokens that is padding."""
+    return 1 - int(plan.filled(data.lengths).sum()) / max(1, plan.tokens)
 
 
 def _quantiles(data: Dataset) -> tuple[int, int, int, int]:

@@ -20,6 +20,8 @@ class SamplesConfig:
 
     max_length: int = 2048
     """longest sample, in tokens; with packing, also the length of a packed row"""
+    min_length: int = 1
+    """shorter samples, in tokens, are left out"""
     too_long: TooLong = "truncate"
     """what to do with longer samples: drop them, truncate them (never all of the answer), or split (plain text only)"""
     loss_on: LossOn = "assistant"
@@ -75,6 +77,8 @@ class SamplesConfig:
         """Raise ConfigError for values that cannot be right."""
         if self.max_length < 8:
             raise ConfigError(f"max_length is {self.max_length}; a sample needs at least 8 tokens.")
+        if not 1 <= self.min_length <= self.max_length:
+            raise ConfigError(f"min_length is {self.min_length}; give 1 to max_length ({self.max_length}) tokens.")
         if not 0 <= self.validation_split < 1:
             raise ConfigError(f"validation_split is {self.validation_split}; give a share from 0 to below 1.")
         if self.validation_rows < 1:

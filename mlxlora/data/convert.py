@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from mlxlora.commands import command
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.formats import SHAREGPT_ROLES
-from mlxlora.data.json_rows import Row
+from mlxlora.data.messages import decoded_json
 from mlxlora.data.places import Place, find
 from mlxlora.data.problems import Problems, RowError
 from mlxlora.data.reader import FormatReader
@@ -54,9 +54,9 @@ class DataConversion:
     def __str__(self) -> str:
         lines = [f"{self.rows:,} rows as {self.form}: {', '.join(map(str, self.files))}"]
         if self.coerced:
-            lines.append(f"{self.coerced:,} messages of unknown roles were given one of {', '.join(ROLES)}")
+            lines.append(f"messages of unknown roles that were given one of {', '.join(ROLES)}: {self.coerced:,}")
         if self.dropped:
-            lines.append(f"{self.dropped:,} messages of unknown roles were left out")
+            lines.append(f"messages of unknown roles that were left out: {self.dropped:,}")
         lines += ["", f"next: {command('data check', self.out, model='DIR')}"]
         return "\n".join(lines)
 
@@ -68,6 +68,7 @@ def convert(
     to: Form = "messages",
     roles: Roles = "strict",
     columns: dict[str, str] | None = None,
+    format: str | None = None,
     overwrite: bool = False,
     on_progress: Progress | None = None,
 ) -> DataConversion:
@@ -79,6 +80,7 @@ def convert(
         to: messages (OpenAI, Hugging Face) or sharegpt
         roles: what to do with messages of unknown roles: refuse them, coerce them to a known role, or drop them
         columns: keys of your rows by ours, such as {prompt: question, completion: answer}
+        format: of the rows when it cannot be told from their keys (messages, sharegpt, alpaca, completion, …)
         overwrite: replace files that exist
 
     Raises DataError with every row that cannot be converted (file:line); then nothing is written.
@@ -90,7 +92,7 @@ def convert(
     existing = [path for path in targets.values() if path.exists()]
     if existing and not overwrite:
         raise InputError(f"{existing[0]} exists already. Choose another place, or give --overwrite.")
-    config = SamplesConfig(columns=columns or {})
+    config = SamplesConfig(columns=columns or {}, format=format)
     policy = _RolePolicy(roles)
     problems = Problems()
     done, total, rows = 0, sum(place.size for found in places.values() for place in found), 0
@@ -103,6 +105,8 @@ def convert(
                 done += place.size
                 if on_progress:
                     on_progress("converting", done, total)
+        # the advice of a reader names the flags of training; here they stand in no group
+        problems.items = [replace(each, advice=each.advice.replace("--samples.", "--")) for each in problems.items]
         problems.raise_any("Some rows cannot be converted:")
         files.publish()
     return DataConversion(out, to, rows, tuple(targets.values()), policy.coerced, policy.dropped)
@@ -122,6 +126,10 @@ def _targets(places: dict[str, list[Place]], out: Path) -> dict[str, Path]:
 # -- roles ------------------------------------------------------------------------------------------------------------
 
 
+TURNS = ("messages", "conversations", "conversation", "prompt", "completion")
+"""Keys under which turns may stand that are written."""
+
+
 @dataclass
 class _RolePolicy:
     """Replaces or drops messages of unknown roles before the row is read."""
@@ -130,18 +138,23 @@ class _RolePolicy:
     coerced: int = 0
     dropped: int = 0
 
-    def __call__(self, row: Row) -> Row:
+    def __call__(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         if self.policy == "strict":
             return row
-        value = dict(row.value)
-        for key, name in (("messages", "role"), ("conversations", "from"), ("conversations", "role")):
-            turns = value.get(key)
+        changed = {}
+        for key in TURNS:
+            turns = row.get(key)
+            if isinstance(turns, str) and key in TURNS[:3] and turns.lstrip().startswith("["):
+                turns = decoded_json(turns, f"'{key}'", "Write an array of turns.")
             if isinstance(turns, list):
-                value[key] = [kept for turn in turns for kept in self._turn(turn, name)]
-        return Row(value, row.line)
+                changed[key] = [kept for turn in turns for kept in self._turn(turn)]
+        return {**row, **changed}
 
-    def _turn(self, turn: Any, name: str) -> list[Any]:
-        role = turn.get(name) if isinstance(turn, dict) else None
+    def _turn(self, turn: Any) -> list[Any]:
+        if not isinstance(turn, dict):
+            return [turn]
+        name = "from" if "from" in turn else "role"
+        role = turn.get(name)
         known = SHAREGPT_ROLES if name == "from" else {*ROLES, "function", "ipython"}
         if not isinstance(role, str) or role in known:
             return [turn]
@@ -158,8 +171,8 @@ class _RolePolicy:
 
 
 def _records(place: Place, config: SamplesConfig, policy: _RolePolicy, problems: Problems) -> Iterator[Conversation]:
-    reader = FormatReader(place.name, config, problems)
-    for record, line in reader.records(policy(row) for row in place.rows(problems)):
+    reader = FormatReader(place.name, config, problems, mended=policy)
+    for record, line in reader.records(place.rows(problems)):
         try:
             yield conversation_of(record)
         except RowError as error:

@@ -17,6 +17,7 @@ class Counts:
 
     rows, samples: read and kept
     truncated, dropped: longer than max_length and cut, or left out
+    short: left out, because they have fewer tokens than min_length
     unlocated: left out, because their answer could not be located in the rendered template
     untrained: left out, because no token of theirs is learned
     rejected: left out, because their ending is labelled as bad
@@ -30,6 +31,7 @@ class Counts:
     samples: int = 0
     truncated: int = 0
     dropped: int = 0
+    short: int = 0
     unlocated: int = 0
     untrained: int = 0
     rejected: int = 0

@@ -231,6 +231,7 @@ ADVICE = {
     "untrained": "They are left out.",
     "long": "Raise --samples.max_length, or shorten them.",
     "dropped": "Raise --samples.max_length, shorten them, or cut them with --samples.too_long truncate.",
+    "short": "Lower --samples.min_length if they are to be learned.",
     "few": "A few hundred good rows are a start.",
     "mostly_prompt": "That is fine for long documents; otherwise look whether the answers are complete.",
 }

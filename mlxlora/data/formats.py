@@ -145,10 +145,11 @@ def read_judged(row: Row) -> Record:
 
 def read_question(row: Row) -> Record:
     """`prompt` and `answer`, for rewards."""
-    prompt = row["prompt"]
-    asked = (
-        _text(row, "prompt") if isinstance(prompt, str) else Conversation(messages_of(prompt, "prompt"), tools_of(row))
-    )
+    asked: Conversation | str
+    if isinstance(row["prompt"], str):
+        asked = row["prompt"]
+    else:
+        asked = Conversation(messages_of(row["prompt"], "prompt"), tools_of(row))
     answer = row["answer"]
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
         raise RowError(f"'answer' must be a string or a number, not {kind_of(answer)}")
@@ -164,17 +165,16 @@ def _ending(row: Row, key: str) -> Conversation | Completion:
         return Completion(prompt, ending)
     if isinstance(ending, str) and prompt is None:
         return Completion("", ending)
-    before = (
-        []
-        if prompt is None
-        else [Message("user", prompt)]
-        if isinstance(prompt, str)
-        else messages_of(prompt, "prompt")
-    )
-    after = [Message("assistant", ending)] if isinstance(ending, str) else messages_of(ending, key)
+    before = [] if prompt is None else _said(prompt, "user", "prompt")
+    after = _said(ending, "assistant", key)
     for message in before:
         message.weight = 0.0 if message.role == "assistant" else None
     return Conversation([*before, *after], tools_of(row))
+
+
+def _said(value: Any, role: str, key: str) -> list[Message]:
+    """Text as a message of this role, or the messages that stand there."""
+    return [Message(role, value)] if isinstance(value, str) else messages_of(value, key)
 
 
 def read_document(row: Row) -> Document:

@@ -51,7 +51,7 @@ def parse_json(text: str, name: str, number: int, problems: Problems) -> Any:
     """One JSON value, or `BAD` after noting why not: syntax, duplicate keys, NaN, half a surrogate pair, nesting."""
     try:
         value = _DECODER.decode(text)
-        if "\\u" in text or "\\U" in text:
+        if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
         return value
     except _Refused as error:

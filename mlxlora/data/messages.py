@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,7 +95,7 @@ def weight_of(item: Row, where: str) -> float | None:
         raise RowError(f"{where}.weight is {weight}", "Give 0 to 100; 0 leaves the message out, 1 is usual.")
     if train is False:
         return 0.0
-    return None if weight is None or not math.isfinite(weight) else float(weight)
+    return None if weight is None else float(weight)
 
 
 def tool_calls_of(value: Any, where: str) -> list[dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 from mlxlora.data import formats
 from mlxlora.data.chat import ChatEncoder, Encoded, encode_completions
@@ -35,15 +34,22 @@ from mlxlora.tokenizer import Tokenizer
 
 CHUNK = 1024  # records encoded together
 CHUNK_CHARACTERS = 8_000_000  # and as much text as that at most
-Some = TypeVar("Some")
 
 
 class FormatReader:
     """The rows of one file as records; all of them have one format."""
 
-    def __init__(self, name: str, config: SamplesConfig, problems: Problems) -> None:
-        """name: of the file, for messages."""
+    def __init__(
+        self,
+        name: str,
+        config: SamplesConfig,
+        problems: Problems,
+        *,
+        mended: Callable[[formats.Row], formats.Row] = lambda row: row,
+    ) -> None:
+        """name: of the file, for messages; mended: what becomes of a row under our keys, before it is read."""
         self.name = name
+        self.mended = mended
         self.config = config
         self.problems = problems
         self.format = config.format
@@ -63,7 +69,7 @@ class FormatReader:
             self.problems.add(self.name, 0, "there are no rows in it", "Add rows, or leave the file out.")
 
     def _record(self, row: Row) -> Record:
-        value = formats.renamed(row.value, self.config.columns)
+        value = self.mended(formats.renamed(row.value, self.config.columns))
         if not self.config.format:
             found = formats.detect(value)
             if found is None:
@@ -138,10 +144,14 @@ class Encoder:
 
     def _keep(self, sample: Sample, writer: Writer, counts: Counts, source: int, line: int, origin: str) -> None:
         """Append a sample at a length that is allowed, if anything of it is learned."""
-        limit = self.config.max_length
+        limit, least = self.config.max_length, self.config.min_length
         if not sample.weights[1:].any():
             counts.untrained += 1
             counts.leave_out(origin, "no token of it is learned")
+            return
+        if len(sample.tokens) < least:
+            counts.short += 1
+            counts.leave_out(origin, f"{len(sample.tokens)} tokens are fewer than min_length {least}")
             return
         if len(sample.tokens) > limit and self.config.too_long == "drop":
             counts.dropped += 1

@@ -80,7 +80,9 @@ def for_terminal(sample: Shown, *, colour: bool) -> str:
         if not colour:
             parts += ["⟦"] * (learned and not on) + ["⟧"] * (on and not learned) + [piece.text]
         elif learned:
-            parts.append(f"{TRAINED if piece.weight == 1 else PARTLY}{_lines(piece.text)}{OFF}")
+            paint = TRAINED if piece.weight == 1 else PARTLY
+            # line breaks outside of the colour, or the terminal paints the rest of the line
+            parts.append(f"{paint}{piece.text.replace(chr(10), f'⏎{OFF}{chr(10)}{paint}')}{OFF}")
         else:
             parts.append(f"{CONTROL}{piece.text}{OFF}" if piece.control else piece.text)
         on = learned
@@ -88,11 +90,6 @@ def for_terminal(sample: Shown, *, colour: bool) -> str:
         parts.append("⟧")
     rest = f" … {sample.left_out:,} more tokens" if sample.left_out else ""
     return "".join(parts) + rest
-
-
-def _lines(text: str) -> str:
-    """Line breaks outside of the colour, or the terminal paints the rest of the line."""
-    return text.replace("\n", f"⏎{OFF}\n{TRAINED}")
 
 
 def for_page(title: str, summary: Iterable[tuple[str, str]], bars: Sequence[tuple[str, int]], warnings: Sequence[str],

@@ -154,6 +154,7 @@ def left_out(splits: DataSplits) -> list[str]:
         for number, what in (
             (counts.truncated, "cut to samples.max_length"),
             (counts.dropped, "left out: longer than samples.max_length"),
+            (counts.short, "left out: shorter than samples.min_length"),
             (counts.unlocated, "left out: the answer could not be located in the chat template's text"),
             (counts.untrained, "left out: nothing in them is learned"),
             (counts.unended, "learned without a token that ends the turn"),

@@ -8,6 +8,7 @@ import re
 import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from mlxlora import flags
 from mlxlora.cli import main
 from mlxlora.data.check import DataCheck, check
 from mlxlora.data.config import SamplesConfig
+from mlxlora.data.show import OFF, PARTLY, Piece, Shown, for_terminal
 from mlxlora.finetune import finetune
 from tests import tiny
 
@@ -69,6 +71,11 @@ def test_on_paper(jsonl: Write, model: Path, capsys: pytest.CaptureFixture[str])
     assert main(["data", "check", str(jsonl(GOOD)), "--model", str(model)]) == 0
     out = capsys.readouterr().out
     assert "⟦It is city" in out and "<|im_end|>⟧" in out and "mlxlora train" in out
+
+
+def test_the_colour_of_a_weight_goes_on_after_a_line_break() -> None:
+    half = Shown("", 1, 1, (Piece("a\nb", (1,), 0.5),))
+    assert for_terminal(half, colour=True) == f"{PARTLY}a⏎{OFF}\n{PARTLY}b{OFF}"
 
 
 LONG = "This answer goes on for quite a while, as answers do that explain something. " * 6
@@ -159,6 +166,9 @@ def test_lengths_are_warned_about(jsonl: Write, model: Path) -> None:
     config = SamplesConfig(max_length=128, too_long="drop")
     found = check(list(found.data), model=str(model), samples=config)
     assert kinds(found)["dropped"] == 1 and found.dropped == 1
+    found = check(list(found.data), model=str(model), samples=SamplesConfig(max_length=128, min_length=60))
+    assert kinds(found)["short"] == found.short == 60 and found.samples + found.validation == 1
+    assert "60 too short" in str(found)
 
 
 # -- convert ----------------------------------------------------------------------------------------------------------
@@ -233,6 +243,34 @@ def test_roles_coerced(jsonl: Write, tmp_path: Path) -> None:
     assert [message["role"] for message in rows_of(out)[0]["messages"]] == ["user", "user", "assistant"]
 
 
+TURNS = [{"from": "wizard", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "flags"),
+    [
+        ({"conversation": TURNS}, []),
+        ({"dialogue": TURNS}, ["--columns", "{conversations: dialogue}"]),
+        ({"conversations": json.dumps(TURNS)}, []),
+        ({"prompt": [{"role": "wizard", "content": "a"}], "completion": "b"}, []),
+    ],
+    ids=["one conversation", "a key of one's own", "JSON in a text", "a prompt of messages"],
+)
+def test_roles_are_coerced_wherever_turns_stand(
+    row: dict[str, Any], flags: list[str], jsonl: Write, tmp_path: Path
+) -> None:
+    out = tmp_path / "out.jsonl"
+    assert main(["data", "convert", str(jsonl([row])), "--out", str(out), "--roles", "coerce", *flags]) == 0
+    assert [message["role"] for message in rows_of(out)[0]["messages"]] == ["user", "assistant"]
+
+
+def test_advice_names_flags_that_the_verb_has(jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = jsonl([GOOD[0], {"prompt": "a", "completion": "b"}, {"question": "a", "answer": "b"}])
+    assert main(["data", "convert", str(path), "--out", str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert " --format." in said and " --columns " in said and "samples." not in said
+
+
 def test_roles_dropped(jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out.jsonl"
     rows = [
@@ -246,7 +284,7 @@ def test_roles_dropped(jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixtu
     ]
     assert main(["data", "convert", str(jsonl(rows)), "--out", str(out), "--roles", "drop"]) == 0
     assert [message["content"] for message in rows_of(out)[0]["messages"]] == ["a", "c"]
-    assert "1 messages of unknown roles were left out" in capsys.readouterr().out
+    assert "messages of unknown roles that were left out: 1" in capsys.readouterr().out
 
 
 def test_rows_that_are_no_conversation(jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,7 +46,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_templates_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlxlora.data.template.SECONDS", 0.5)
+    monkeypatch.setattr("mlxlora.data.sandbox.SECONDS", 0.5)
     begin = time.perf_counter()
     with pytest.raises((TemplateRefusal, ModelError)):
         ChatTemplate(HOSTILE[name]).render([{"role": "user", "content": "x"}])
