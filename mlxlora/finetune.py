@@ -13,12 +13,13 @@ import mlx.nn as nn
 import yaml
 
 from mlxlora import architecture, hub
-from mlxlora.adapters import AdapterConfig, collect, inject, remove, write_adapter
+from mlxlora.adapters import AdapterConfig, collect, inject, load_adapter, read_adapter, remove, write_adapter
 from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.data.feed import Feed
 from mlxlora.data.load import Rows, places_of
 from mlxlora.engine import EngineConfig
+from mlxlora.errors import ConfigError
 from mlxlora.files import plain
 from mlxlora.generate import SamplingConfig, complete
 from mlxlora.memory import limit_of, limited
@@ -32,7 +33,7 @@ from mlxlora.reporting.watch import FinetuneResult, Watch, describe, left_out
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.choice import Prepared, described, prepare, refusal, shapes
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.events import Control, Event
+from mlxlora.training.events import Control, Event, Foretold
 from mlxlora.training.forecast import outlook
 from mlxlora.training.identity import check_accepted, identify
 from mlxlora.training.loop import Trainer
@@ -51,6 +52,7 @@ def finetune(
     adapter: AdapterConfig = AdapterConfig(),  # noqa: B008
     optimizer: OptimizerConfig = OptimizerConfig(),  # noqa: B008
     training: TrainingConfig = TrainingConfig(),  # noqa: B008
+    start_from: Path | None = None,
     overwrite: bool = False,
     accept_changes: list[str] | None = None,
     memory_limit: str | None = None,
@@ -69,6 +71,8 @@ def finetune(
         data: files or directories with rows to learn from; `PATH=WEIGHT` says how often each is seen in an epoch (in
             Python also the rows themselves, as `mlxlora.data.from_rows` takes them)
         out: the run directory; `adapter` and `best` in it are the results
+        start_from: an adapter, or another run, that this one begins with: of the same type and targets, its rank at
+            most that of this one; its own learning rate and moments are not taken over
         overwrite: begin anew where a run stands already
         accept_changes: settings that may differ from those that an unfinished run was begun with, such as
             optimizer.learning_rate
@@ -85,12 +89,16 @@ def finetune(
     """
     settings = {
         "model": model, "data": places_of(data), "out": out, "samples": samples, "adapter": adapter,
-        "optimizer": optimizer, "training": training, "memory_limit": memory_limit, "gentle": gentle,
-        "report_to": report_to, "revision": revision, "trust_remote_code": trust_remote_code,
+        "optimizer": optimizer, "training": training, "start_from": start_from, "memory_limit": memory_limit,
+        "gentle": gentle, "report_to": report_to, "revision": revision, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
+    refuse_pointless(adapter, optimizer)
     limit = limit_of(memory_limit)
     trackers.check(report_to or [])
     RunDirectory.look(out, overwrite=overwrite)  # what can be known now is not told after minutes of reading data
+    if start_from is not None:
+        refuse_own(start_from, out)
+        read_adapter(start_from)
 
     path = hub.find(model, revision=revision)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
@@ -130,6 +138,8 @@ def session(
     inject(network, settings["adapter"], seed=training.seed)
     ready: Prepared | None = None
     try:
+        if settings["start_from"] is not None:
+            load_adapter(network, settings["start_from"], base=model.fingerprint)
         # what frozen lower blocks make of a text is kept (on disk) where it will be needed again
         again = training.epochs is None or training.epochs > 1
         config = EngineConfig(
@@ -166,14 +176,29 @@ def session(
         yield from Trainer(
             network=network, engine=engine, objective=sft, batches=batches, optimizer=optimizer, config=training,
             validation=held_out, store=run, adapter_writer=write, state=state, control=control or Control(), pace=pace,
-            sampler=lambda: answers(model, held_out), predicted_peak=choice.forecast.peak, memory_limit=limit,
-            predicted_seconds=expected.seconds, predicted_tokens_per_second=expected.tokens_per_second,
-            chosen=described(choice.forecast), why=choice.why(),
+            sampler=lambda: answers(model, held_out),
+            foretold=Foretold(
+                predicted_peak=choice.forecast.peak, memory_limit=limit, predicted_seconds=expected.seconds,
+                predicted_tokens_per_second=expected.tokens_per_second, chosen=described(choice.forecast),
+                why=choice.why(),
+            ),
         )  # fmt: skip
     finally:
         if ready is not None:
             ready.engine.close()
         remove(network)
+
+
+def refuse_pointless(adapter: AdapterConfig, optimizer: OptimizerConfig) -> None:
+    """Raise ConfigError for a setting that has nothing to act on."""
+    if adapter.type == "full" and optimizer.lora_plus_ratio != 1:
+        raise ConfigError("optimizer.lora_plus_ratio is given, but adapter.type full has no lora_b.")
+
+
+def refuse_own(start_from: Path, out: Path) -> None:
+    """Raise ConfigError when a run is to begin with what lies in its own directory, which it replaces."""
+    if Path(start_from).resolve().is_relative_to(Path(out).resolve()):
+        raise ConfigError(f"--start_from {start_from} lies in {out}, which this run writes. Choose another --out.")
 
 
 def feeds(splits: DataSplits, samples: SamplesConfig, training: TrainingConfig) -> tuple[Feed, Feed | None]:

@@ -279,7 +279,7 @@ class Search:
         if search.learning_rates:
             return None, [], []
         test = replace(
-            self.base["optimizer"], schedule="range-test", learning_rate=search.highest,
+            self.base["optimizer"], schedule="range-test", cycles=3, cycle_growth=1.0, learning_rate=search.highest,
             min_learning_rate=search.lowest, warmup_steps=0, warmup_ratio=None,
         )  # fmt: skip
         self.train(self.out / "range", {"optimizer": test}, search.range_steps, "range test")

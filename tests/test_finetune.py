@@ -15,7 +15,7 @@ import yaml
 from mlxlora import cli
 from mlxlora.adapters import AdapterConfig
 from mlxlora.data import SamplesConfig
-from mlxlora.errors import ConfigError, DataError, RunError
+from mlxlora.errors import AdapterError, ConfigError, DataError, RunError
 from mlxlora.finetune import finetune
 from mlxlora.reporting.watch import FinetuneResult
 from mlxlora.training.config import TrainingConfig
@@ -133,6 +133,57 @@ def test_a_finished_run_is_kept_unless_overwritten(place: Path, whole: FinetuneR
     with pytest.raises(RunError, match="--overwrite"):
         train(place, whole.run)
     assert weights(whole.run) == before
+
+
+def test_a_run_begins_where_another_ended(place: Path, whole: FinetuneResult, tmp_path: Path) -> None:
+    losses: list[float] = []
+    newest = whole.run / "adapter"
+    options = {"adapter": AdapterConfig(rank=6, alpha=3.0), "start_from": newest}  # a larger rank, another scale
+
+    def watch(event: Event) -> None:
+        if isinstance(event, Validation):
+            losses.append(event.loss)
+
+    train(place, tmp_path / "run", on_event=watch, training=TrainingConfig(steps=2), **options)
+    events = [json.loads(line) for line in (whole.run / "metrics.jsonl").read_text().splitlines()]
+    ended = [event["loss"] for event in events if event["event"] == "validation"][-1]
+    assert losses[0] == pytest.approx(ended, rel=1e-5) and losses[-1] != losses[0]
+
+
+def test_what_a_run_began_with_must_not_change(place: Path, whole: FinetuneResult, tmp_path: Path) -> None:
+    control = Control()
+
+    def stop(event: Event) -> None:
+        if isinstance(event, Step):
+            control.stop()
+
+    train(place, tmp_path / "run", start_from=whole.run / "adapter", on_event=stop, control=control)
+    with pytest.raises(RunError, match=r"start_from: was [0-9a-f]+…, is now \(not set\)"):
+        train(place, tmp_path / "run")
+
+
+def test_what_a_run_cannot_begin_with(place: Path, whole: FinetuneResult, tmp_path: Path) -> None:
+    start = whole.run / "adapter"
+    with pytest.raises(AdapterError, match=r"made with --adapter\.targets all-linear\)") as wrong:
+        train(place, tmp_path / "run", start_from=start, adapter=AdapterConfig(rank=4, targets=["q_proj"]))
+    assert "mlp.up_proj: in the adapter, but not set up" in str(wrong.value)
+    with pytest.raises(AdapterError, match="has rank 4, which is more"):
+        train(place, tmp_path / "run", start_from=start, adapter=AdapterConfig(rank=2))
+    other = tiny.model_directory(tmp_path / "other", "llama", seed=3)
+    with pytest.raises(AdapterError, match="the adapter was made for"):
+        finetune(str(other), [str(place / "rows.jsonl")], tmp_path / "run", start_from=start, **OPTIONS)
+    with pytest.raises(AdapterError, match="no adapter at"):
+        train(place, tmp_path / "run", start_from=tmp_path / "nothing")
+    with pytest.raises(ConfigError, match="another --out"):
+        train(place, whole.run, start_from=start, overwrite=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_that_nothing_acts_on_is_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="lora_b"):
+        train(
+            place, tmp_path / "run", adapter=AdapterConfig(type="full"), optimizer=OptimizerConfig(lora_plus_ratio=4.0)
+        )
 
 
 def test_what_changed_is_named_when_a_run_would_go_on(place: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 
 from mlxlora import files, mlxlm
 from mlxlora.adapters import weights
-from mlxlora.adapters.checks import CONFIG, MANIFEST, PARTS, WEIGHTS
+from mlxlora.adapters.checks import CONFIG, PARTS, WEIGHTS
 from mlxlora.adapters.files import Adapter, Module, write_adapter
 from mlxlora.adapters.inject import get_module
 from mlxlora.adapters.select import block_paths
@@ -47,7 +47,7 @@ def write(job: ExportJob) -> list[str]:
     adapter, parts = read_one(job.adapter, model, any_base=job.any_base)
     _refuse_own_kinds(parts, model.network)
     write_adapter(job.out, from_lowrank(parts, model, dropout=adapter.dropout))
-    (job.out / MANIFEST).unlink()
+    (job.out / files.MANIFEST).unlink()
     ranks = {part.rank for part in parts.values()}
     return [f"mlx-lm knows one rank: {len(ranks)} ranks were filled up to {max(ranks)}."] if len(ranks) > 1 else []
 

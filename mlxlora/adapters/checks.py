@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora import files
 from mlxlora.adapters.config import MAX_SCALE
 from mlxlora.errors import Problem
+from mlxlora.files import MANIFEST, wrong_files
 
 FORMAT = 1  # of the manifest
-WEIGHTS, CONFIG, MANIFEST = "adapters.safetensors", "adapter_config.json", "manifest.json"
+WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
 PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m"), "full": ()}
 
 
@@ -64,17 +64,7 @@ def manifest_problems(directory: Path, manifest: dict[str, Any], kind: Any) -> l
         found = base.get(part)
         if not isinstance(found, str) and (found is not None or part == "name"):
             problems.append(Problem(f"{MANIFEST}: base.{part}", f"expected text, found {found!r}"))
-    for name in (WEIGHTS, CONFIG):
-        record = manifest["files"].get(name)
-        if not isinstance(record, dict):
-            problems.append(Problem(MANIFEST, f"does not list {name}"))
-        elif not (directory / name).is_file():
-            problems.append(Problem(name, "is missing"))
-        elif (size := (directory / name).stat().st_size) != record.get("bytes"):
-            problems.append(Problem(name, f"expected {record.get('bytes')} bytes, found {size}"))
-        elif files.sha256(directory / name) != record.get("sha256"):
-            problems.append(Problem(name, "its bytes are not those that were written (SHA-256 differs)"))
-    return problems
+    return problems + wrong_files(directory, manifest["files"], (WEIGHTS, CONFIG))
 
 
 def listed_problems(tensors: dict[str, mx.array], manifest: dict[str, Any]) -> list[Problem]:

@@ -24,7 +24,6 @@ from mlxlora import files
 from mlxlora.adapters.checks import (
     CONFIG,
     FORMAT,
-    MANIFEST,
     PARTS,
     WEIGHTS,
     config_problems,
@@ -109,9 +108,8 @@ def write_adapter(directory: Path, adapter: Adapter) -> None:
             "rank": rank, "scale": scale, "dropout": adapter.dropout, "keys": adapter.paths,
         }  # fmt: skip
     files.write_json(directory / CONFIG, settings)
-    record = {name: _record(directory / name) for name in (WEIGHTS, CONFIG)}
     files.write_json(
-        directory / MANIFEST,
+        directory / files.MANIFEST,
         {
             "format": FORMAT,
             "kind": "adapter",
@@ -126,7 +124,7 @@ def write_adapter(directory: Path, adapter: Adapter) -> None:
                 name: {"shape": list(array.shape), "dtype": str(array.dtype).rsplit(".", 1)[-1]}
                 for name, array in sorted(tensors.items())
             },
-            "files": record,
+            "files": files.file_records(directory, (WEIGHTS, CONFIG)),
         },
     )
 
@@ -139,10 +137,6 @@ def save_adapter(target: Path, adapter: Adapter, *, replace: bool = False) -> Pa
     with files.new_directory(Path(target), replace=replace) as scratch:
         write_adapter(scratch, adapter)
     return Path(target)
-
-
-def _record(path: Path) -> dict[str, Any]:
-    return {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
 
 
 def _uniform(adapter: Adapter) -> tuple[dict[str, mx.array], int, float]:
@@ -227,7 +221,7 @@ def read_adapter(path: str | Path) -> Adapter:
     """
     directory = find(path)
     settings = _object(directory / CONFIG)
-    manifest = _object(directory / MANIFEST) if (directory / MANIFEST).exists() else None
+    manifest = _object(directory / files.MANIFEST) if (directory / files.MANIFEST).exists() else None
     kind = settings.get("fine_tune_type", "lora")
     problems = config_problems(settings, kind)
     if manifest is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,30 +12,11 @@ import mlx.nn as nn
 
 from mlxlora.adapters import full, heads, weights
 from mlxlora.adapters.config import AdapterConfig
-from mlxlora.adapters.dora import DoRAEmbedding, DoRAHeads, DoRALinear
+from mlxlora.adapters.kinds import layer_type
 from mlxlora.adapters.layer import AdapterLayer, Wrapper
-from mlxlora.adapters.lora import LoRAEmbedding, LoRAHeads, LoRALinear, LoRARouter, LoRASwitchLinear
 from mlxlora.adapters.select import select
 from mlxlora.errors import ConfigError, UnsupportedError
 from mlxlora.parameters import flat
-
-Layers = list[tuple[Callable[[nn.Module], bool], type[AdapterLayer]]]
-
-LAYERS: dict[str, Layers] = {
-    "lora": [
-        (weights.is_linear, LoRALinear),
-        (weights.is_embedding, LoRAEmbedding),
-        (weights.is_experts, LoRASwitchLinear),
-        (weights.is_heads, LoRAHeads),
-        (weights.is_bare_router, LoRARouter),
-    ],
-    "dora": [
-        (weights.is_linear, DoRALinear),
-        (weights.is_embedding, DoRAEmbedding),
-        (weights.is_heads, DoRAHeads),
-    ],
-}
-"""Adapter type: which layer goes around which kind of module. A new type of adapter is one file and one entry here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +109,6 @@ def _restore(
         full.close_module(one)
     for module, names in frozen:
         module._no_grad = set(names)
-
-
-def layer_type(kind: str, module: nn.Module) -> type[AdapterLayer]:
-    """The adapter layer of this type for this module."""
-    for fits, layer in LAYERS[kind]:
-        if fits(module):
-            return layer
-    raise UnsupportedError(f"{type(module).__name__} cannot carry {kind}.")
 
 
 def start_key(seed: int, path: str) -> mx.array:

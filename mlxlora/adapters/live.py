@@ -21,7 +21,8 @@ from mlxlora.adapters.config import LayerConfig
 from mlxlora.adapters.dora import DoRA
 from mlxlora.adapters.files import Adapter, check_scale, parse_spec, read_adapter
 from mlxlora.adapters.heads import Role, Whole
-from mlxlora.adapters.inject import get_module, injected, layer_type, set_module
+from mlxlora.adapters.inject import get_module, injected, set_module
+from mlxlora.adapters.kinds import layer_type
 from mlxlora.adapters.layer import AdapterLayer, Wrapper, base_of
 from mlxlora.adapters.lora import with_weight
 from mlxlora.adapters.state import check_fits

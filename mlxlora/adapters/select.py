@@ -14,6 +14,7 @@ import mlx.nn as nn
 
 from mlxlora.adapters import heads, weights
 from mlxlora.adapters.config import PRESETS, AdapterConfig, matches
+from mlxlora.adapters.kinds import can_carry
 from mlxlora.errors import ConfigError, Problem, UnsupportedError
 
 ATTENTION = re.compile(r"att(n|ention)|(^|[._])att_", re.IGNORECASE)
@@ -115,22 +116,6 @@ def select(network: nn.Module, config: AdapterConfig) -> Selection:
     if problems:
         raise ConfigError.of("The adapter does not fit this model:", problems)
     return Selection(dict(sorted(chosen.items())), left_out)
-
-
-def can_carry(module: nn.Module, kind: str) -> bool:
-    """Whether an adapter of this type can be put on this module."""
-    if kind == "full":
-        return _has_floats(module) and "scales" not in module
-    if weights.is_linear(module) or weights.is_embedding(module) or weights.is_heads(module):
-        return True
-    return kind == "lora" and (weights.is_experts(module) or weights.is_bare_router(module))
-
-
-def _has_floats(module: nn.Module) -> bool:
-    import mlx.core as mx
-
-    arrays = [v for k, v in module.items() if isinstance(v, mx.array) and not k.startswith("_")]
-    return any(mx.issubdtype(array.dtype, mx.floating) for array in arrays)
 
 
 def _is_weight(module: nn.Module) -> bool:

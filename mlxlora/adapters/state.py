@@ -11,8 +11,9 @@ import mlx.nn as nn
 from mlxlora.adapters import full, weights
 from mlxlora.adapters.files import Adapter, Module, fitted, read_adapter
 from mlxlora.adapters.inject import Injection, get_module, injected
+from mlxlora.adapters.kinds import can_carry
 from mlxlora.adapters.layer import AdapterLayer, base_of
-from mlxlora.adapters.select import block_paths, can_carry
+from mlxlora.adapters.select import block_paths
 from mlxlora.errors import AdapterError, ConfigError, Problem
 from mlxlora.files import plain
 
@@ -49,7 +50,8 @@ def load_adapter(network: nn.Module, adapter: Adapter | str | Path, *, base: str
         adapter = read_adapter(adapter)
     problems = _differences(network, injection, adapter)
     if problems:
-        raise AdapterError.of("The adapter is not of the kind that was set up for training:", problems)
+        made = _settings_apart(adapter, injection)
+        raise AdapterError.of(f"The adapter is not of the kind that was set up for training{made}:", problems)
     check_fits(network, adapter, base=base)
     if adapter.type == "full":
         by_path = {one.path: one for one in injection.opened}
@@ -70,6 +72,20 @@ def _injection(network: nn.Module) -> Injection:
     if injection is None:
         raise ConfigError("The model carries no adapter that trains. Call inject first.")
     return injection
+
+
+def _settings_apart(adapter: Adapter, injection: Injection) -> str:
+    """How the adapter was made where that is another way than the one set up, as flags."""
+    here: dict[str, Any] = plain(injection.config)
+    kinds = ("type", "targets", "layers", "rank", "rank_pattern")
+    apart = {
+        name: adapter.config[name] for name in kinds if name in adapter.config and adapter.config[name] != here[name]
+    }
+    words = [
+        f"--adapter.{name} {' '.join(map(str, value)) if isinstance(value, list) else value}"
+        for name, value in apart.items()
+    ]
+    return f" (it was made with {' '.join(words)})" if words else ""
 
 
 def _differences(network: nn.Module, injection: Injection, adapter: Adapter) -> list[Problem]:

@@ -3,6 +3,7 @@
 publish.py  scratch, flush, rename: nothing that mlxlora publishes is ever half there
 places.py   where something is to be written, looked at before the work begins
 reading.py  JSON, YAML, hashes
+manifest.py whether files are still those that a manifest lists
 tensors.py  safetensors: the header is checked before MLX maps a byte
 archive.py  ZIP: members stay below their folder, and do not grow without bound
 space.py    room on the disk, before and while writing
@@ -10,6 +11,7 @@ plain.py    values as JSON and YAML know them
 """
 
 from mlxlora.files.archive import extract_zip, zip_members
+from mlxlora.files.manifest import MANIFEST, file_records, wrong_files
 from mlxlora.files.places import refusal_of, refuse_no_page, refuse_unmakeable
 from mlxlora.files.plain import plain
 from mlxlora.files.publish import (
@@ -28,8 +30,10 @@ from mlxlora.files.space import free_space, human_bytes, require_space, room_for
 from mlxlora.files.tensors import check_safetensors, load_safetensors, save_safetensors
 
 __all__ = [
+    "MANIFEST",
     "check_safetensors",
     "extract_zip",
+    "file_records",
     "free_space",
     "human_bytes",
     "load_safetensors",
@@ -54,5 +58,6 @@ __all__ = [
     "sync_tree",
     "write_json",
     "write_whole",
+    "wrong_files",
     "zip_members",
 ]

@@ -19,11 +19,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.errors import FormatError, InputError, Problem
-from mlxlora.files import load_safetensors, read_json, save_safetensors, sha256, write_json
+from mlxlora.files import MANIFEST, file_records, load_safetensors, read_json, save_safetensors, write_json, wrong_files
 from mlxlora.parameters import bytes_of
 
 FORMAT = 1  # of the directory; another number is refused
-MANIFEST = "manifest.json"
 FILES = ("adapter.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -72,29 +71,6 @@ def write_checkpoint(directory: Path, state: TrainingState, owner: str) -> None:
             "files": file_records(directory, FILES),
         },
     )
-
-
-def file_records(directory: Path, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """name → size and SHA-256, for a manifest."""
-    return {name: {"bytes": (directory / name).stat().st_size, "sha256": sha256(directory / name)} for name in names}
-
-
-def wrong_files(directory: Path, records: Any, names: tuple[str, ...]) -> list[Problem]:
-    """What differs between the files of a directory and the records of its manifest."""
-    if not isinstance(records, dict):
-        return [Problem(MANIFEST, "lists no files")]
-    problems = []
-    for name in names:
-        record, path = records.get(name), directory / name
-        if not isinstance(record, dict):
-            problems.append(Problem(name, "is not in the manifest"))
-        elif not path.is_file():
-            problems.append(Problem(name, "is missing"))
-        elif path.stat().st_size != record.get("bytes"):
-            problems.append(Problem(name, f"expected {record.get('bytes')} bytes, found {path.stat().st_size}"))
-        elif sha256(path) != record.get("sha256"):
-            problems.append(Problem(name, "its bytes are not those that were written (SHA-256 differs)"))
-    return problems
 
 
 def read_checkpoint(directory: Path, owner: str) -> TrainingState:

@@ -37,20 +37,13 @@ class Samples:
     answers: list[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Started:
-    """The run is prepared and the first step comes next."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foretold:
+    """What was found out before the run about its memory, its time and the settings that were left open."""
 
-    step: int
-    """steps done before: 0, or where a resumed run goes on"""
-    steps: int
-    epochs: float
-    samples: int
-    trainable_parameters: int
-    total_parameters: int
-    predicted_peak: int
+    predicted_peak: int = 0
     """bytes that the run will need at most, by forecast; 0 where none was made"""
-    memory_limit: int
+    memory_limit: int = 0
     """bytes that it may take; 0 where there is no limit"""
     predicted_seconds: float = 0.0
     """how long the run will take from its first step, by forecast; 0 where none was made"""
@@ -60,6 +53,19 @@ class Started:
     """the settings of batches, checkpointing and the loss, in words"""
     why: str = ""
     """why these and nothing faster"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started(Foretold):
+    """The run is prepared and the first step comes next."""
+
+    step: int
+    """steps done before: 0, or where a resumed run goes on"""
+    steps: int
+    epochs: float
+    samples: int
+    trainable_parameters: int
+    total_parameters: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mlxlora.adapters.checks import WEIGHTS
+from mlxlora.adapters.files import find
 from mlxlora.data import DataSplits
 from mlxlora.errors import ConfigError, nearest
-from mlxlora.files import plain
+from mlxlora.files import plain, sha256
 from mlxlora.model import fingerprint
 from mlxlora.tokenizer import Tokenizer
 
@@ -32,8 +34,10 @@ def identify(path: Path, tokenizer: Tokenizer, splits: DataSplits, call: dict[st
         for group in ("samples", "adapter", "optimizer", "training")
         for field in fields(call[group])
     }
+    start = call.get("start_from")
     return {
         "model": fingerprint(path),
+        "start_from": None if start is None else sha256(find(start) / WEIGHTS),
         "tokenizer": tokenizer.fingerprint,
         "chat template": hashed(tokenizer.chat_templates),
         "data": splits.train.fingerprint,

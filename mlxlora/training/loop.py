@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from mlx.utils import tree_unflatten
 
 from mlxlora.adapters.inject import count_weights
 from mlxlora.engine.scores import Objective
-from mlxlora.errors import TrainingError
 from mlxlora.parameters import Flat, flat, number
+from mlxlora.training.bounds import LossWatch, reached, refuse_nonfinite
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.contracts import Batches, Store, TrainingEngine
@@ -33,6 +32,7 @@ from mlxlora.training.events import (
     Control,
     Event,
     Finished,
+    Foretold,
     Notice,
     Reason,
     Samples,
@@ -78,13 +78,8 @@ class Trainer:
     pace: Pace | None = None
     sampler: Callable[[], tuple[list[str], list[str]]] | None = None
     """Answers held-out prompts: (prompts, answers)."""
-    predicted_peak: int = 0
-    """Bytes, as is `memory_limit`: they and the four below are only told."""
-    memory_limit: int = 0
-    predicted_seconds: float = 0.0
-    predicted_tokens_per_second: float = 0.0
-    chosen: str = ""
-    why: str = ""
+    foretold: Foretold = field(default_factory=Foretold)
+    """Told with the first event; nothing depends on it."""
 
     def __post_init__(self, state: TrainingState | None) -> None:
         self.counters = Counters()
@@ -97,7 +92,7 @@ class Trainer:
         self.plan: Sequence[Any] = self.batches.plan(self.epoch)
         self.pending: list[Pending] = []
         self.better_since_save = False
-        self.high = 0  # steps in a row far above the usual loss
+        self.loss_watch = LossWatch()
         self.begun = time.monotonic() - self.counters.elapsed
         self.reported = time.monotonic()
 
@@ -124,12 +119,7 @@ class Trainer:
             samples=self.batches.samples,
             trainable_parameters=sum(value.size for value in self.parameters.values()),
             total_parameters=count_weights(self.network),
-            predicted_peak=self.predicted_peak,
-            memory_limit=self.memory_limit,
-            predicted_seconds=self.predicted_seconds,
-            predicted_tokens_per_second=self.predicted_tokens_per_second,
-            chosen=self.chosen,
-            why=self.why,
+            **asdict(self.foretold),
         )
         self.control.running = True
         reason: Reason | None = None
@@ -218,10 +208,11 @@ class Trainer:
             loss = number(pending.loss)
             self.counters.tokens += pending.trained
             self.counters.samples += pending.samples
-            if not applied:
-                self.count_nonfinite(pending)
-            else:
+            if applied:
                 self.counters.losses = [*self.counters.losses, loss][-50:]
+            else:
+                self.counters.skipped += 1
+                refuse_nonfinite(pending, self.batches, self.config, self.counters.skipped)
             yield Step(
                 step=pending.step,
                 steps=self.optimizer.steps,
@@ -240,33 +231,8 @@ class Trainer:
                 best_loss=self.counters.best_loss,
                 applied=applied,
             )
-            yield from self.watch(pending.step, loss)
-
-    def count_nonfinite(self, pending: Pending) -> None:
-        """Count an update that was left out. Raises TrainingError when there are more than are allowed."""
-        self.counters.skipped += 1
-        if self.counters.skipped > self.config.skip_nonfinite:
-            origins = [origin for planned in pending.planned for origin in self.batches.origins(planned)]
-            shown = ", ".join(origins[:20]) + (f" and {len(origins) - 20} more" if len(origins) > 20 else "")
-            raise TrainingError(
-                f"step {pending.step}: the loss or its gradient is not a finite number. This update was not applied; "
-                f"the last checkpoint is kept. The step saw: {shown}. Lower --optimizer.learning_rate, look at these "
-                f"samples, or allow it with --training.skip_nonfinite N."
-            )
-
-    def watch(self, step: int, loss: float) -> Iterator[Event]:
-        """Tell when the loss has stood far above its usual level for long."""
-        history = self.counters.losses
-        if len(history) >= 20 and loss > 2 * statistics.median(history):
-            self.high += 1
-        else:
-            self.high = 0
-        if self.high == 5:
-            yield Notice(
-                step,
-                f"the loss has been more than twice its running median ({statistics.median(history):.3f}) for 5 steps. "
-                f"The learning rate may be too high.",
-            )
+            if message := self.loss_watch.look(loss, self.counters.losses):
+                yield Notice(pending.step, message)
 
     def validation_due(self) -> bool:
         """Whether this step is one to validate after: as configured, and always the last."""
@@ -336,20 +302,9 @@ class Trainer:
 
     def stop_reason(self) -> Reason | None:
         """Why the run ends before its last step, where a bound that was set is reached."""
-        config, counters = self.config, self.counters
         if self.step >= self.optimizer.steps:
             return None
-        if config.patience is not None and counters.without_better >= config.patience:
-            return "patience"
-        if config.target_loss is not None:
-            if self.validation is not None:
-                if counters.best_loss is not None and counters.best_loss <= config.target_loss:
-                    return "target_loss"
-            elif len(counters.losses) >= 20 and statistics.fmean(counters.losses[-20:]) <= config.target_loss:
-                return "target_loss"
-        if config.max_minutes is not None and self.elapsed >= 60 * config.max_minutes:
-            return "max_minutes"
-        return None
+        return reached(self.config, self.counters, self.elapsed, validates=self.validation is not None)
 
     def save(self) -> Iterator[Event]:
         """Publish a checkpoint of the current step, unless there is one."""

@@ -36,7 +36,7 @@ class OptimizerConfig:
     """The optimizer, its learning rate over time, and clipping."""
 
     name: Literal["adamw", "adam", "sgd", "adafactor", "lion", "muon"] = "adamw"
-    """Adam and AdamW as in the papers, with bias correction"""
+    """the rule of the updates; adam and adamw as in the papers, with bias correction"""
     learning_rate: float = 2e-4
     """the highest learning rate, reached after the warm-up"""
     betas: tuple[float, float] | None = None
@@ -59,7 +59,7 @@ class OptimizerConfig:
     warmup_steps: int | None = None
     """warm-up in steps"""
     min_learning_rate: float = 0.0
-    """where linear and cosine end, and range-test begins"""
+    """where linear, cosine and each of its restarts end, and range-test begins"""
     cycles: int = 3
     """cosine-restarts: how many times the cosine is run through"""
     cycle_growth: float = 1.0
@@ -94,6 +94,13 @@ class OptimizerConfig:
             raise ConfigError(
                 "optimizer.warmup_ratio and optimizer.warmup_steps say the same thing twice. Give one of them."
             )
+        for field in ("cycles", "cycle_growth"):
+            if self.schedule != "cosine-restarts" and getattr(self, field) != getattr(type(self), field):
+                raise ConfigError(
+                    f"optimizer.{field} is given, but the schedule is {self.schedule}, not cosine-restarts."
+                )
+        if self.schedule == "constant" and self.min_learning_rate:
+            raise ConfigError("optimizer.min_learning_rate is given, but the schedule is constant: it never falls.")
         known = SETTINGS[self.name]
         for field in ("betas", "eps", "momentum", "weight_decay"):
             if getattr(self, field) is not None and field not in known:

@@ -314,11 +314,10 @@ def _refuse_finished(path: Path, stored: dict[str, Any]) -> None:
 
 
 def _refuse_changed(path: Path, old: dict[str, Any], new: dict[str, Any], accept: Collection[str]) -> None:
-    absent = "(not set)"
     changed = [
-        Problem(name, f"was {_short(old.get(name, absent))}, is now {_short(new.get(name, absent))}")
+        Problem(name, f"was {_short(old.get(name))}, is now {_short(new.get(name))}")
         for name in sorted({*old, *new})
-        if old.get(name, absent) != new.get(name, absent) and name not in accept
+        if old.get(name) != new.get(name) and name not in accept
     ]
     if changed:
         raise RunError.of(
@@ -329,5 +328,7 @@ def _refuse_changed(path: Path, old: dict[str, Any], new: dict[str, Any], accept
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "(not set)"
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= SHOWN_VALUE else text[: SHOWN_VALUE - 1] + "…"

@@ -1,11 +1,12 @@
 """The rows of the table about data and training: `data check`, `data convert`, `plan`, `tune`, `train`."""
 
-from tests.options.rows import ADAPTER, OPTIMIZER, Row, row, shared
+from tests.options.rows import ADAPTER, OPTIMIZER, RESTARTS, Row, row, shared
 
 ROWS: list[Row] = [
     # ---- data check -------------------------------------------------------------------------------------------------
     row("data check", "data", "@more", "learned+picked+samples+steps+tokens"),
     row("data check", "samples.max_length", "40", "learned+lost+picked+tokens"),
+    row("data check", "samples.min_length", "40", "learned+lost+picked+samples+steps+text+tokens+validation"),
     row(
         "data check",
         "samples.too_long",
@@ -65,6 +66,7 @@ ROWS: list[Row] = [
     row("data convert", "to", "sharegpt", "written"),
     row("data convert", "roles", "drop", "refused", data="@roles"),
     row("data convert", "columns", '{"completion":"reply"}', "written", data="@renamed"),
+    row("data convert", "format", "completion", "refused"),
     row("data convert", "overwrite", "true", "refused", out="@written"),
     # ---- plan -------------------------------------------------------------------------------------------------------
     row("plan", "data", "@more", "asked+data+steps+tokens"),
@@ -75,6 +77,7 @@ ROWS: list[Row] = [
     ),
     row("plan", "adapter.rank_pattern", '{"q_proj":1}', "asked"),
     *shared("plan", "optimizer", OPTIMIZER, "asked"),
+    *(row("plan", f"optimizer.{k}", v, "asked", optimizer__schedule="cosine-restarts") for k, v in RESTARTS.items()),
     row("plan", "optimizer.momentum", "0.5", "asked", optimizer__name="sgd"),
     row("plan", "training.epochs", "5", "steps+tokens"),
     row("plan", "training.steps", "5", "steps+tokens"),
@@ -107,6 +110,10 @@ ROWS: list[Row] = [
     row("tune", "adapter.rank", "3", "trials"),
     row("tune", "adapter.targets", "q_proj", "trials", search__learning_rates=None),
     *shared("tune", "optimizer", {k: v for k, v in OPTIMIZER.items() if k != "learning_rate"}, "trials+plan"),
+    *(
+        row("tune", f"optimizer.{k}", v, "trials+plan", optimizer__schedule="cosine-restarts")
+        for k, v in RESTARTS.items()
+    ),
     row("tune", "optimizer.learning_rate", "0.5", "trials+plan", search__learning_rates=None),
     row("tune", "optimizer.momentum", "0.5", "trials+plan", optimizer__name="sgd"),
     row("tune", "training.batch_size", "2", "trials+plan"),
@@ -171,6 +178,7 @@ ROWS: list[Row] = [
     row("train", "training.target_loss", "1000", "reason+steps+reported+saved+weights", training__steps="30"),
     row("train", "training.max_minutes", "1e-9", "reason+steps+reported+rates+saved+weights+losses"),
     row("train", "overwrite", "true", "refused", out="@finished"),
+    row("train", "start_from", "@begun", "losses+norms+weights"),
     row("train", "accept_changes", "optimizer.learning_rate", "refused", "goes_on"),
     row("train", "memory_limit", "2GB", "limit"),
     row("train", "gentle", "true", "rests"),

@@ -122,6 +122,11 @@ class Place:
         return tiny.adapter_directory(self.folder / "style", self.model, seed=1, size=2.0)
 
     @cached_property
+    def begun(self) -> Path:
+        """What a run may begin with."""
+        return tiny.adapter_directory(self.folder / "begun", self.single, seed=2, rank=2)
+
+    @cached_property
     def facts(self) -> Path:
         return tiny.adapter_directory(self.folder / "facts", self.model, seed=2, size=2.0)
 

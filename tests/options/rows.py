@@ -67,11 +67,12 @@ EYE = {
 # ---- options that several verbs share: what they are set to, where only that they arrive is looked at ---------------
 
 SAMPLES = {
-    "max_length": "40", "too_long": "drop", "loss_on": "last", "thinking": "strip", "packing": "true",
-    "template": "chatml", "prompts": "plain", "preference": "chosen", "date": "2025-01-01", "format": "text",
-    "columns": '{"completion":"reply"}', "validation": "@more", "validation_split": "0.5", "validation_rows": "1",
-    "window": "32", "stride": "16", "sample_start": "## P", "keep_sample_start": "false", "fill": "true",
-    "append_eos": "false", "end_turns": "true", "prepend_bos": "true", "allow_unusable": "true", "cache": "@folder",
+    "max_length": "40", "min_length": "20", "too_long": "drop", "loss_on": "last", "thinking": "strip",
+    "packing": "true", "template": "chatml", "prompts": "plain", "preference": "chosen", "date": "2025-01-01",
+    "format": "text", "columns": '{"completion":"reply"}', "validation": "@more", "validation_split": "0.5",
+    "validation_rows": "1", "window": "32", "stride": "16", "sample_start": "## P", "keep_sample_start": "false",
+    "fill": "true", "append_eos": "false", "end_turns": "true", "prepend_bos": "true", "allow_unusable": "true",
+    "cache": "@folder",
 }  # fmt: skip
 ADAPTER = {
     "type": "dora", "rank": "3", "alpha": "5", "dropout": "0.5", "targets": "q_proj", "layers": "1", "rslora": "true",
@@ -80,8 +81,9 @@ ADAPTER = {
 OPTIMIZER = {
     "name": "lion", "learning_rate": "0.5", "betas": "[0.1,0.2]", "eps": "0.1", "weight_decay": "0.5",
     "decay_min_dims": "0", "lora_plus_ratio": "4", "schedule": "linear", "warmup_ratio": "0.5", "warmup_steps": "2",
-    "min_learning_rate": "0.0001", "cycles": "2", "cycle_growth": "2", "max_grad_norm": "0.1",
+    "min_learning_rate": "0.0001", "max_grad_norm": "0.1",
 }  # fmt: skip
+RESTARTS = {"cycles": "2", "cycle_growth": "2"}
 UNTOLD = {"validation_split", "packing"}  # eval and compare look at all rows, and one by one
 
 

@@ -147,8 +147,9 @@ def check(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPa
     samples = arguments["samples"]
     return {
         "format": found.formats, "template": found.template, "validation": found.validation, "tokens": found.lengths,
-        "samples": found.samples, "learned": found.trained_tokens, "lost": (found.truncated, found.dropped),
-        "steps": found.steps, "shown": len(found.shown), "picked": [one.origin for one in found.shown],
+        "samples": found.samples, "learned": found.trained_tokens, "steps": found.steps,
+        "lost": (found.truncated, found.dropped, found.short), "shown": len(found.shown),
+        "picked": [one.origin for one in found.shown],
         "text": [tuple(piece.text for piece in one.pieces) for one in found.shown][:1],
         "page": found.html is not None and found.html.is_file(),
         "cached": bool(samples.cache and listed(samples.cache)),

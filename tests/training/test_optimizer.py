@@ -162,6 +162,14 @@ def test_a_range_test_grows_by_equal_factors() -> None:
         OptimizerConfig(schedule="range-test")
 
 
+@pytest.mark.parametrize(
+    "options", [{"cycles": 2}, {"cycle_growth": 2.0}, {"min_learning_rate": 1e-5, "schedule": "constant"}]
+)
+def test_what_a_schedule_has_no_use_for_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        OptimizerConfig(**options)
+
+
 def test_beginning_again_after_an_update_is_beginning() -> None:
     """The planner tries an update before the run begins; what MLX's optimizer held in that trace must not stay."""
     parameters = {"w": mx.ones((2, 2))}
