@@ -24,6 +24,7 @@ from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
 from mlxlora.progress import Progress
 from mlxlora.prompts import sample_prompt
+from mlxlora.reporting.said import shortened
 
 
 @dataclass(frozen=True)
@@ -92,12 +93,6 @@ class Comparison:
         if self.verdict.startswith("better"):
             return command("fuse", model=self.model, adapter=self.adapter, out="DIR")
         return command("report", *(one.partition("=")[0] for one in self.adapter))
-
-
-def shortened(text: str, width: int = 100) -> str:
-    """A text on one line, its middle left out where it is long."""
-    text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[: width // 3]} … {text[-(width - width // 3 - 3) :]}"
 
 
 def compare(

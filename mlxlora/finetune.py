@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ import yaml
 
 from mlxlora import architecture, hub
 from mlxlora.adapters import AdapterConfig, collect, inject, load_adapter, read_adapter, remove, write_adapter
+from mlxlora.answers import Answers
 from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.data.feed import Feed
@@ -21,15 +22,14 @@ from mlxlora.data.load import Rows, places_of
 from mlxlora.engine import EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.files import plain
-from mlxlora.generate import SamplingConfig, complete
 from mlxlora.memory import limit_of, limited
 from mlxlora.model import LanguageModel, load, load_tokenizer
 from mlxlora.objectives.sft import sft
 from mlxlora.parameters import flat
 from mlxlora.progress import Progress
-from mlxlora.prompts import sample_prompt
 from mlxlora.reporting import trackers
 from mlxlora.reporting.watch import FinetuneResult, Watch, describe, left_out
+from mlxlora.tokenizer import Tokenizer
 from mlxlora.training.checkpoint import TrainingState
 from mlxlora.training.choice import Prepared, described, prepare, refusal, shapes
 from mlxlora.training.config import TrainingConfig
@@ -41,6 +41,8 @@ from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 from mlxlora.training.pace import Host, Pace
 from mlxlora.training.run import RunDirectory
 from mlxlora.training.steps import count_steps, count_validations
+
+NO_PROMPTS = "training.sample_every: there is no validation data to take prompts from, so no answers are shown"
 
 
 def finetune(
@@ -92,10 +94,11 @@ def finetune(
         "optimizer": optimizer, "training": training, "start_from": start_from, "memory_limit": memory_limit,
         "gentle": gentle, "report_to": report_to, "revision": revision, "trust_remote_code": trust_remote_code,
     }  # fmt: skip
+    # what can be known now is not told after minutes of reading data
     refuse_pointless(adapter, optimizer)
-    limit = limit_of(memory_limit)
+    limit_of(memory_limit)
     trackers.check(report_to or [])
-    RunDirectory.look(out, overwrite=overwrite)  # what can be known now is not told after minutes of reading data
+    RunDirectory.look(out, overwrite=overwrite)
     if start_from is not None:
         refuse_own(start_from, out)
         read_adapter(start_from)
@@ -107,19 +110,43 @@ def finetune(
         vocabulary_size=architecture.text_config(architecture.read_config(path)).get("vocab_size"),
         on_progress=on_progress,
     )  # fmt: skip
+    return learn(
+        path, tokenizer, splits, settings, overwrite=overwrite, accept_changes=accept_changes or (),
+        on_event=on_event, control=control,
+    )  # fmt: skip
 
+
+def learn(
+    path: Path,
+    tokenizer: Tokenizer,
+    splits: DataSplits,
+    settings: dict[str, Any],
+    *,
+    overwrite: bool = False,
+    accept_changes: Sequence[str] = (),
+    on_event: Callable[[Event], None] | None = None,
+    control: Control | None = None,
+) -> FinetuneResult:
+    """A run of the model at `path` on samples that were read before.
+
+    settings: the options of `finetune` by name, all of them
+    """
     identity = identify(path, tokenizer, splits, settings)
-    accepted = check_accepted(accept_changes or [], identity)
-    with RunDirectory.open(out, identity=identity, overwrite=overwrite, accept=accepted) as run, limited(limit):
-        language_model = load(path, trust_remote_code=trust_remote_code)
-        watch = Watch(run, on_event, lambda: trackers.trackers(report_to or [], run.path, plain(settings)))
-        host = Host() if gentle else None
-        with host.awake() if host else contextlib.nullcontext():
+    accepted = check_accepted(accept_changes, identity)
+    limit = limit_of(settings["memory_limit"])
+    with (
+        RunDirectory.open(settings["out"], identity=identity, overwrite=overwrite, accept=accepted) as run,
+        limited(limit),
+    ):
+        language_model = load(path, trust_remote_code=settings["trust_remote_code"])
+        host = Host() if settings["gentle"] else None
+        watch = Watch(run, on_event, lambda: trackers.trackers(settings["report_to"] or [], run.path, plain(settings)))
+        with host.awake() if host else contextlib.nullcontext(), watch:
             for event in session(
                 language_model, splits, run, settings, watch, control, Pace(host=host) if host else None, limit
             ):
                 watch(event)
-        return watch.result(model)
+        return watch.result(settings["model"], rows_given=settings["data"] is None)
 
 
 def session(
@@ -166,6 +193,7 @@ def session(
         watch.notices += [
             *architecture.silently_wrong(model.config), *left_out(splits), *engine.notes, *run.notices,
             *choice.notices(settings["training"], limit),
+            *([NO_PROMPTS] if training.sample_every and splits.valid is None else []),
         ]  # fmt: skip
 
         def write(path: Path) -> None:
@@ -176,7 +204,7 @@ def session(
         yield from Trainer(
             network=network, engine=engine, objective=sft, batches=batches, optimizer=optimizer, config=training,
             validation=held_out, store=run, adapter_writer=write, state=state, control=control or Control(), pace=pace,
-            sampler=lambda: answers(model, held_out),
+            sampler=None if splits.valid is None else Answers(model, splits.valid),
             foretold=Foretold(
                 predicted_peak=choice.forecast.peak, memory_limit=limit, predicted_seconds=expected.seconds,
                 predicted_tokens_per_second=expected.tokens_per_second, chosen=described(choice.forecast),
@@ -211,17 +239,3 @@ def feeds(splits: DataSplits, samples: SamplesConfig, training: TrainingConfig) 
 def starting_state(network: nn.Module, optimizer: Optimizer) -> TrainingState:
     """What a checkpoint will hold, for its size."""
     return TrainingState(0, 0, 0, flat(network.trainable_parameters()), optimizer.flat_state())
-
-
-def answers(
-    model: LanguageModel, held_out: Feed | None, count: int = 4, tokens: int = 96
-) -> tuple[list[str], list[str]]:
-    """What the model says, greedily, to the first `count` validation samples up to their last answer."""
-    prompts: list[str] = []
-    said: list[str] = []
-    for index in range(min(count, held_out.samples if held_out else 0)):
-        assert held_out is not None
-        prompt, _ = sample_prompt(model.tokenizer, held_out.dataset[index])
-        prompts.append(prompt.text)
-        said.append(complete(model, prompt, SamplingConfig(max_tokens=tokens)).text)
-    return prompts, said

@@ -25,6 +25,7 @@ from mlxlora.model import LanguageModel
 from mlxlora.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
+BEGINNING = 32  # tokens of a text that are enough to go on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +153,14 @@ def plain_prompt(tokenizer: Tokenizer, text: str) -> Prompt:
 def sample_prompt(tokenizer: Tokenizer, sample: Sample) -> tuple[Prompt, str]:
     """What stands before the last learned stretch of a sample, as a prompt, and that stretch as text.
 
-    Where a control token ends the stretch, it ends an answer too.
+    Where a control token ends the stretch, it ends an answer too. A text that is learned as a whole has nothing before
+    it: there its beginning is the prompt.
     """
     learned = np.flatnonzero(sample.weights > 0)
     breaks = np.flatnonzero(np.diff(learned) > 1)
     begin, end = int(learned[breaks[-1] + 1] if len(breaks) else learned[0]), int(learned[-1]) + 1
+    if begin == 1:
+        begin = max(1, min(BEGINNING, end // 2))
     final = int(sample.tokens[end - 1])
     stops = (final,) if final in tokenizer.control_tokens.values() else ()
     ids = sample.tokens[:begin].tolist()

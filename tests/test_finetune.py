@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
 import random
+import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from mlxlora.adapters import AdapterConfig
 from mlxlora.data import SamplesConfig
 from mlxlora.errors import AdapterError, ConfigError, DataError, RunError
 from mlxlora.finetune import finetune
+from mlxlora.reporting.jsonl import read
 from mlxlora.reporting.watch import FinetuneResult
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event, Step, Validation
@@ -237,11 +241,23 @@ def test_the_report_and_samples_are_there(place: Path, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (result.run / "metrics.jsonl").read_text().splitlines()]
     samples = [event for event in lines if event["event"] == "samples"]
     assert [event["step"] for event in samples] == [0, 2, 4]
-    assert "What is" in samples[0]["prompts"][0] and len(samples[0]["answers"]) == 4
+    assert "What is" in samples[0]["prompts"][0] and len(samples[0]["answers"]) == 3
+    assert all(text.startswith("It is") for text in samples[0]["expected"])
     text = (result.run / "report.html").read_text()
-    assert "What the model said" in text and "validation loss before" in text
-    plain = train(place, tmp_path / "plain", training=replace(OPTIONS["training"], steps=4))
-    assert weights(plain.run) == weights(result.run)
+    assert "What the model said" in text and "after step 4" in text and "validation loss before" in text
+    usual = train(place, tmp_path / "usual", training=replace(OPTIONS["training"], steps=4))
+    without = train(place, tmp_path / "without", training=replace(OPTIONS["training"], steps=4, sample_every=0))
+    assert weights(usual.run) == weights(without.run) == weights(result.run)
+    looks = [event["step"] for event in read(usual.run / "metrics.jsonl") if event["event"] == "samples"]
+    assert looks == [0, 4] and [one.step for one in usual.said] == [4, 4, 4]
+    assert usual.said[0].before != usual.said[0].after and "  before " in str(usual)
+    assert not without.said and "What the model said" not in (without.run / "report.html").read_text()
+
+
+def test_a_run_that_ends_early_shows_its_last_answers(place: Path, tmp_path: Path) -> None:
+    early = replace(OPTIONS["training"], steps=9, validate_every=1, target_loss=99.0)
+    result = train(place, tmp_path / "run", training=early)
+    assert result.reason == "target_loss" and result.said[0].step == result.step == 1
 
 
 def test_gentle_and_memory_limit_change_no_byte(place: Path, tmp_path: Path) -> None:
@@ -274,6 +290,30 @@ def test_trackers_get_the_curves(place: Path, tmp_path: Path, monkeypatch: pytes
     assert any(call[0] == 2 and "train/loss" in call[1] for call in wandb.calls[1:-1])
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("wandb", {"exit_code": 1}), ("swanlab", {"state": "crashed", "error": "the roof fell in"}), ("trackio", {})],
+)
+def test_trackers_are_told_that_a_run_failed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, told: dict[str, Any]
+) -> None:
+    module = types.ModuleType(name)
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+    calls: list[Any] = []
+    module.init = lambda **options: None  # type: ignore[attr-defined]
+    module.log = lambda values, step: None  # type: ignore[attr-defined]
+    module.finish = lambda **options: calls.append(options) or 1 / 0  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, name, module)
+
+    def fall_in(event: Event) -> None:
+        if isinstance(event, Step):
+            raise RuntimeError("the roof fell in")
+
+    with pytest.raises(RuntimeError, match="the roof fell in"):  # not that the tracker cannot be reached either
+        train(place, tmp_path / "run", report_to=[name], on_event=fall_in)
+    assert calls == [told]
+
+
 def test_rows_from_python_are_learned_like_those_of_a_file(place: Path, tmp_path: Path) -> None:
     short = OPTIONS | {"training": replace(OPTIONS["training"], steps=4)}
     rows = [json.loads(line) for line in (place / "rows.jsonl").read_text().splitlines()]
@@ -284,7 +324,8 @@ def test_rows_from_python_are_learned_like_those_of_a_file(place: Path, tmp_path
             control.stop()
 
     model, run = str(place / "model"), tmp_path / "rows"
-    assert finetune(model, rows, run, **short, on_event=watch, control=control).reason == "stopped"
+    stopped = finetune(model, rows, run, **short, on_event=watch, control=control)
+    assert stopped.reason == "stopped" and "--config" not in str(stopped) and "with the same rows" in str(stopped)
     finetune(model, [row["messages"] for row in rows], run, **short)
     finetune(model, [str(place / "rows.jsonl")], tmp_path / "file", **short)
     assert weights(run) == weights(tmp_path / "file")

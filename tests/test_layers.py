@@ -10,7 +10,7 @@ LEVEL = {
     "mlxlm": 2, "hub": 2, "architecture": 2, "checkpoint_names": 2,
     "tokenizer_file": 2, "sentencepiece_model": 2, "weights": 2, "probe": 2, "quantize": 3,
     "tokenizer": 3, "adapters": 3, "model": 4, "data": 5, "engine": 5,
-    "objectives": 6, "training": 6, "prompts": 6, "generate": 6, "reporting": 7, "finetune": 8,
+    "objectives": 6, "training": 6, "prompts": 6, "generate": 6, "answers": 7, "reporting": 7, "finetune": 8,
 }  # fmt: skip
 VERBS = 9  # every other module of mlxlora: evaluate, generate, fuse, plan, demo, …
 ALONE = {"flags": 9, "usage": 9, "cli": 10, "completion": 11, "__main__": 11, "__init__": 10}

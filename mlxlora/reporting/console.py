@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Self
 from mlxlora.files import human_bytes
 from mlxlora.reporting.clock import clock
 from mlxlora.reporting.foretold import foretold
+from mlxlora.reporting.said import shortened
 
 if TYPE_CHECKING:
     from rich.console import Console as Terminal
@@ -143,6 +144,9 @@ class Console:
                 self.say(f"step {event.step:,}  validation loss {event.loss:.4f}{'  (best)' if event.best else ''}")
             case events.Notice():
                 self.say(f"note: {event.message}")
+            case events.Samples() if event.prompts:
+                self.say(f"step {event.step:,}  asked: {shortened(event.prompts[0])}")
+                self.say(f"step {event.step:,}  it says: {shortened(event.answers[0]) or '(nothing)'}")
             case events.Checkpoint() | events.Data() | events.Samples():
                 pass
             case events.Finished():

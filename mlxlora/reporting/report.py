@@ -14,6 +14,7 @@ from mlxlora.reporting.clock import clock
 from mlxlora.reporting.foretold import foretold
 from mlxlora.reporting.jsonl import read
 from mlxlora.reporting.page import chart, render, smooth
+from mlxlora.reporting.said import said
 from mlxlora.training.events import Started
 
 
@@ -103,19 +104,12 @@ def subtitle(runs: Sequence[Run]) -> str:
 
 def describe(run: Run) -> dict[str, Any]:
     """What the page shows of one run outside the charts and the tables."""
-    samples = run.of("samples")
-    first, last = (samples[0], samples[-1]) if samples else ({}, {})
-    before = dict(zip(first.get("prompts", []), first.get("answers", []), strict=False))
     here = {"model": run.config.get("model", "MODEL"), "adapter": run.path}
     return {
         "name": run.name,
         "cards": cards(run),
         "notices": [event["message"] for event in run.of("notice")],
-        "samples_step": last.get("step"),
-        "samples": [
-            {"prompt": prompt, "before": before.get(prompt, ""), "after": answer}
-            for prompt, answer in zip(last.get("prompts", []), last.get("answers", []), strict=False)
-        ],
+        "said": said(run.events),
         "commands": f"{command('chat', **here)}\n{command('fuse', **here, out=f'{run.name}-fused')}",
     }
 

@@ -1,4 +1,4 @@
-"""Experiment trackers behind one option: TensorBoard, wandb, swanlab, trackio. Each is a function of events."""
+"""Experiment trackers behind one option: TensorBoard, wandb, swanlab, trackio. Each takes events, and is closed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,27 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from mlxlora.errors import ConfigError, nearest
 from mlxlora.reporting.jsonl import record
-from mlxlora.training.events import Event, Finished, Validation
+from mlxlora.training.events import Event, Validation
 
-Tracker: TypeAlias = Callable[[Event], None]
+
+class Tracker(Protocol):
+    """What follows a run and is told how it ended."""
+
+    def __call__(self, event: Event) -> None:
+        """Take in one event."""
+        ...
+
+    def close(self, error: BaseException | None) -> None:
+        """The run is over; `error` is what broke it off, None where it ended as it should."""
+        ...
+
+
 Maker: TypeAlias = Callable[[Path, dict[str, Any]], Tracker]
 
 STEP_FIELDS = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second", "peak_memory")
@@ -31,42 +44,46 @@ def scalars(event: Event) -> dict[str, float]:
     return {name: float(value) for name, value in found.items() if value is not None and math.isfinite(value)}
 
 
-def tensorboard(run: Path, config: dict[str, Any]) -> Tracker:
+class TensorBoard:
     """Event files in RUN/tensorboard."""
-    writer = load("tensorboard.summary", "tensorboard").Writer(str(run / "tensorboard"))
 
-    def track(event: Event) -> None:
+    def __init__(self, run: Path, config: dict[str, Any]) -> None:
+        self.writer = load("tensorboard.summary", "tensorboard").Writer(str(run / "tensorboard"))
+
+    def __call__(self, event: Event) -> None:
         for name, value in scalars(event).items():
-            writer.add_scalar(name, value, event.step)
-        if isinstance(event, Validation | Finished):
-            writer.flush()
+            self.writer.add_scalar(name, value, event.step)
+        if isinstance(event, Validation):
+            self.writer.flush()
 
-    return track
+    def close(self, error: BaseException | None) -> None:
+        self.writer.close()
 
 
-def logger(package: str) -> Maker:
-    """wandb, swanlab and trackio speak the same three words: init, log, finish."""
+class Logger:
+    """wandb, swanlab and trackio speak the same three words: init, log, finish.
 
-    def make(run: Path, config: dict[str, Any]) -> Tracker:
-        module = load(package, package)
-        module.init(project="mlxlora", name=run.name, config=config)
+    failed: what `finish` is told of a run that was broken off
+    """
 
-        def track(event: Event) -> None:
-            if found := scalars(event):
-                module.log(found, step=event.step)
-            if isinstance(event, Finished):
-                module.finish()
+    def __init__(self, package: str, failed: Callable[[BaseException], dict[str, Any]], run: Path, config: Any) -> None:
+        self.module = load(package, package)
+        self.failed = failed
+        self.module.init(project="mlxlora", name=run.name, config=config)
 
-        return track
+    def __call__(self, event: Event) -> None:
+        if found := scalars(event):
+            self.module.log(found, step=event.step)
 
-    return make
+    def close(self, error: BaseException | None) -> None:
+        self.module.finish(**(self.failed(error) if error is not None else {}))
 
 
 TRACKERS: dict[str, Maker] = {
-    "tensorboard": tensorboard,
-    "wandb": logger("wandb"),
-    "swanlab": logger("swanlab"),
-    "trackio": logger("trackio"),
+    "tensorboard": TensorBoard,
+    "wandb": partial(Logger, "wandb", lambda error: {"exit_code": 1}),
+    "swanlab": partial(Logger, "swanlab", lambda error: {"state": "crashed", "error": str(error) or repr(error)}),
+    "trackio": partial(Logger, "trackio", lambda error: {}),  # knows no state
 }
 
 

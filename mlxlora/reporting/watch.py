@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 
@@ -13,6 +16,7 @@ from mlxlora.data import DataSplits
 from mlxlora.files import plain
 from mlxlora.reporting.jsonl import append, read
 from mlxlora.reporting.report import report
+from mlxlora.reporting.said import Said, said, shortened
 from mlxlora.reporting.trackers import Tracker
 from mlxlora.training.events import Checkpoint, Data, Event, Finished, Notice, Reason, Validation
 from mlxlora.training.run import RunDirectory
@@ -38,12 +42,16 @@ class FinetuneResult:
     seconds: float
     peak_memory: int
     model: str
+    said: list[Said]
+    """answers to a few held-out prompts, before and after"""
     notices: list[str]
+    rows_given: bool = False
+    """whether the data was rows in Python, which no command can name"""
 
     def __str__(self) -> str:
         why = {
             "done": "finished",
-            "stopped": "stopped and saved; the same command goes on from here",
+            "stopped": f"stopped and saved; the same {'call' if self.rows_given else 'command'} goes on from here",
             "patience": "finished: validation stopped getting better",
             "target_loss": "finished: the target loss is reached",
             "max_minutes": "finished: the time is up",
@@ -52,25 +60,51 @@ class FinetuneResult:
         if self.best_loss is not None and self.baseline_loss is not None:
             best = f"{self.best_loss:.4f} at best (step {self.best_step:,})"
             lines.append(f"validation loss {self.baseline_loss:.4f} before, {best}")
+        lines += self.example()
         lines.append(f"adapter: {self.adapter}")
         if self.reason != "stopped":
             lines += ["", f"next: {command('chat', model=self.model, adapter=self.run)}"]
+        elif self.rows_given:
+            lines += ["", "next: the same call of `finetune`, with the same rows"]
         else:
             lines += ["", f"next: {command('train', config=self.run / 'config.yaml')}"]
         return "\n".join(lines)
 
+    def example(self) -> list[str]:
+        """One prompt and its answers; the report has them all."""
+        one = next((one for one in self.said if one.after is not None), None)
+        if one is None:
+            return []
+        told = {"asked": one.prompt, "before": one.before, "after": one.after or "", "in the data": one.expected}
+        return [f"  {name:<12}{shortened(text) or '(nothing)'}" for name, text in told.items()]
+
 
 class Watch:
-    """Passes events on to metrics.jsonl, the report, trackers and the caller; remembers what the result tells."""
+    """Passes events on to metrics.jsonl, the report, trackers and the caller; remembers what the result tells.
+
+    Trackers are closed at the end of the `with` block, and told where an error broke the run off.
+    """
 
     def __init__(
-        self, run: RunDirectory, on_event: Callable[[Event], None] | None, begin: Callable[[], list[Tracker]]
+        self, run: RunDirectory, on_event: Callable[[Event], None] | None, begin: Callable[[], Sequence[Tracker]]
     ) -> None:
         self.run, self.on_event, self.begin = run, on_event, begin
-        self.trackers: list[Tracker] | None = None
+        self.trackers: Sequence[Tracker] | None = None
         self.notices: list[str] = []
         self.told = 0
         self.finished: Finished | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # what broke the run off says more than a tracker that cannot be reached any more
+        quiet = contextlib.suppress(Exception) if error is not None else contextlib.nullcontext()
+        with quiet, contextlib.ExitStack() as stack:
+            for tracker in self.trackers or ():
+                stack.callback(tracker.close, error)
 
     def __call__(self, event: Event) -> None:
         if self.trackers is None:
@@ -97,7 +131,7 @@ class Watch:
         if self.on_event:
             self.on_event(event)
 
-    def result(self, model: str) -> FinetuneResult:
+    def result(self, model: str, *, rows_given: bool) -> FinetuneResult:
         """What the run came to, once it has ended; a run that is not merely stopped is marked as finished."""
         run, finished = self.run, self.finished
         assert finished is not None
@@ -114,7 +148,9 @@ class Watch:
             seconds=finished.elapsed,
             peak_memory=finished.peak_memory,
             model=model,
+            said=said(read(run.metrics_path)),
             notices=self.notices,
+            rows_given=rows_given,
         )
         if finished.reason != "stopped":
             run.finish(plain(result))

@@ -39,7 +39,8 @@ class TrainingConfig:
     report_every: int = 1
     """steps between reports; between two of them the device is never waited for"""
     sample_every: int | None = None
-    """steps between looks at what the model answers to a few held-out prompts; default never"""
+    """steps between looks at what the model answers to a few held-out prompts; default before the first step and after
+    the last; 0 for never"""
     keep: int = 2
     """how many checkpoints to keep"""
     seed: int = 0
@@ -69,10 +70,10 @@ class TrainingConfig:
             "loss_chunk",
             "validate_every",
             "save_every",
-            "sample_every",
             "patience",
         ):
             demand(getattr(self, name) is None or getattr(self, name) >= 1, name, "1 or more")
+        demand(self.sample_every is None or self.sample_every >= 0, "sample_every", "0 or more")
         for name in ("accumulate", "report_every", "keep"):
             demand(getattr(self, name) >= 1, name, "1 or more")
         demand(0 <= self.seed < 2**63, "seed", "from 0 to below 2**63")

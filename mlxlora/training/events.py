@@ -35,6 +35,8 @@ class Samples:
     step: int
     prompts: list[str]
     answers: list[str]
+    expected: list[str]
+    """what the data says"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

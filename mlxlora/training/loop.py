@@ -76,8 +76,8 @@ class Trainer:
     """Where a resumed run goes on."""
     control: Control = field(default_factory=Control)
     pace: Pace | None = None
-    sampler: Callable[[], tuple[list[str], list[str]]] | None = None
-    """Answers held-out prompts: (prompts, answers)."""
+    sampler: Callable[[int], Samples] | None = None
+    """What the model answers to held-out prompts, as the event of a step; None where there are no such prompts."""
     foretold: Foretold = field(default_factory=Foretold)
     """Told with the first event; nothing depends on it."""
 
@@ -141,10 +141,10 @@ class Trainer:
                 yield from self.report()
             if due:
                 yield from self.validate()
-            if self.step == self.optimizer.steps or self.step % (self.config.sample_every or self.optimizer.steps) == 0:
-                yield from self.show_samples()
             last_step = self.step == self.optimizer.steps
             reason = self.stop_reason() or ("stopped" if self.asked_to_stop() and not last_step else None)
+            if last_step or reason not in (None, "stopped") or self.samples_due():
+                yield from self.show_samples()
             if self.save_due() or self.control.take_save() or reason or last_step:
                 yield from self.report()
                 yield from self.save()
@@ -248,6 +248,10 @@ class Trainer:
         """Whether this step is one to save after."""
         return self.step != self.saved_at and self.step % (self.config.save_every or 100) == 0
 
+    def samples_due(self) -> bool:
+        """Whether this step is one to look at answers after, beside the first and the last."""
+        return bool(self.config.sample_every) and self.step % (self.config.sample_every or 1) == 0
+
     def validate(self, first: bool = False) -> Iterator[Event]:
         """The loss on the whole validation set, in a fixed order and without dropout."""
         if self.validation is None:
@@ -282,12 +286,17 @@ class Trainer:
 
     def show_samples(self) -> Iterator[Event]:
         """What the model answers to the held-out prompts now."""
-        if self.sampler is None or self.config.sample_every is None:
+        if self.sampler is None or self.config.sample_every == 0:
             return
-        started = time.monotonic()
         yield from self.report()
-        prompts, answers = self.sampler()
-        yield Samples(self.step, prompts, answers)
+        started = time.monotonic()
+        told: Event
+        try:
+            told = self.sampler(self.step)
+        except (ArithmeticError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+            self.sampler = None  # that a model cannot generate is no reason to lose a run
+            told = Notice(self.step, f"the model's answers cannot be shown: {type(error).__name__}: {error}")
+        yield told
         self.reported += time.monotonic() - started
 
     def rest(self) -> Iterator[Event]:

@@ -53,7 +53,7 @@ def test_the_panel_tells_everything() -> None:
         panel.show(step(number, loss=4.0 - number / 20))
     panel.show(validation(40, 2.25, best=2.25))
     panel.show(events.Checkpoint(40, Path("x"), True))
-    panel.show(events.Samples(40, ["Who?"], ["It is\n  I."]))
+    panel.show(events.Samples(40, ["Who?"], ["It is\n  I."], ["I."]))
     text = drawn(panel)
     for word in (
         "40 %", "step 40 of 100", "1 min 00 s elapsed, about 1 min 30 s left", "epoch 0.80", "2.0000",
@@ -83,7 +83,7 @@ def test_between_steps_the_clock_goes_on() -> None:
 def test_the_panel_keeps_its_height_at_every_width(width: int) -> None:
     panel = Panel(started(), now=lambda: 0.0)
     panel.show(step(1))
-    panel.show(events.Samples(1, ["?"], ["word " * 200]))
+    panel.show(events.Samples(1, ["?"], ["word " * 200], [""]))
     lines = drawn(panel, width).splitlines()
     assert len(lines) == len(panel.rows()) + 2 and all(len(line) <= width for line in lines)
 
