@@ -46,7 +46,8 @@ from mlxlora.serve import serve
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control
 from mlxlora.training.optimizer import OptimizerConfig
-from mlxlora.tune import SearchConfig, tune
+from mlxlora.trials import SearchConfig
+from mlxlora.tune import tune
 from mlxlora.version import __version__
 
 __all__ = [

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 from mlxlora import hub
 from mlxlora.adapters import AdapterConfig, inject, remove
 from mlxlora.commands import command
-from mlxlora.data import SamplesConfig
+from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.engine import EngineConfig
-from mlxlora.errors import ConfigError
 from mlxlora.files import human_bytes
 from mlxlora.finetune import feeds
+from mlxlora.macs import MEMORIES, mac, working_set
 from mlxlora.memory import SAFE_SHARE, limit_of
-from mlxlora.model import load
+from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
 from mlxlora.progress import Progress
 from mlxlora.reporting.clock import clock
@@ -30,7 +31,6 @@ from mlxlora.training.steps import count_steps, count_validations
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LONG = 4096  # tokens of a row: in longer ones nothing is cut up otherwise, so memory goes on in a line
 PATIENCE = 20.0  # seconds of a step beyond which longer rows are told from shorter ones
-MACS = (8, 16, 18, 24, 32, 36, 48, 64, 96, 128, 192, 256, 512)  # GB of memory that Macs come with
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Plan:
         lines.append(f"  {'context':<10}" + "".join(f"{name:>22}" for name in names) + "  fits a Mac of")
         for context, peaks in self.table.items():
             cells = (f"{human_bytes(peaks[name])} {'fits' if peaks[name] <= self.limit else 'no'}" for name in names)
-            mac = next((f"{memory} GB" for memory in MACS if min(peaks.values()) <= mac_limit(memory)), "no Mac")
-            lines.append(f"  {context:<10,}" + "".join(f"{cell:>22}" for cell in cells) + f"  {mac}")
+            least = next((f"{memory} GB" for memory in MEMORIES if min(peaks.values()) <= mac_limit(memory)), "no Mac")
+            lines.append(f"  {context:<10,}" + "".join(f"{cell:>22}" for cell in cells) + f"  {least}")
         return lines
 
 
@@ -134,13 +134,9 @@ def plan(
     splits = load_data(data, loaded.tokenizer, samples, seed=training.seed, on_progress=on_progress)
     if on_progress:
         on_progress("small steps", 0, 0)
-    inject(loaded.network, adapter, seed=training.seed)
-    ready: Prepared | None = None
-    try:
-        ready = prepare(
-            loaded.network, EngineConfig(), optimizer, sft, training, partial(shapes, splits, samples),
-            vocabulary=loaded.vocabulary, limit=limit, room=here,
-        )  # fmt: skip
+    with probed(
+        loaded, splits, samples=samples, adapter=adapter, optimizer=optimizer, training=training, limit=limit, here=here
+    ) as ready:
         choice, forecaster = ready.choice, ready.forecaster
         fits = choice.training is not None
         told = choice.forecast if fits else choice.tried[0]
@@ -151,10 +147,6 @@ def plan(
         smallest = advice(forecaster, choice.forecast, training, limit) if not fits else ""
         table = contexts(forecaster, training, told.shape)
         most = forecaster.most_tokens(told.shape, limit)
-    finally:
-        if ready is not None:
-            ready.engine.close()
-        remove(loaded.network)
     timed = fits and for_ is None
     return Plan(
         model=model,
@@ -176,6 +168,56 @@ def plan(
     )
 
 
+@contextlib.contextmanager
+def probed(
+    loaded: LanguageModel,
+    splits: DataSplits,
+    *,
+    samples: SamplesConfig,
+    adapter: AdapterConfig,
+    optimizer: OptimizerConfig,
+    training: TrainingConfig,
+    limit: int,
+    here: int,
+) -> Iterator[Prepared]:
+    """A model made ready to be trained, with what was chosen to fit into `limit`; as it was after the block.
+
+    here: what may be used on this machine to find that out
+    """
+    inject(loaded.network, adapter, seed=training.seed)
+    ready: Prepared | None = None
+    try:
+        ready = prepare(
+            loaded.network, EngineConfig(), optimizer, sft, training, partial(shapes, splits, samples),
+            vocabulary=loaded.vocabulary, limit=limit, room=here,
+        )  # fmt: skip
+        yield ready
+    finally:
+        if ready is not None:
+            ready.engine.close()
+        remove(loaded.network)
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much one batch may hold.
+
+    most_tokens: about how many tokens
+    length:      of the longest row
+    """
+
+    most_tokens: int
+    length: int
+
+
+def room(loaded: LanguageModel, splits: DataSplits, *, limit: int, **options: Any) -> Room:
+    """How large a batch of these samples may be within `limit`, with the options of `probed`."""
+    with probed(loaded, splits, limit=limit, here=limit, **options) as ready:
+        choice = ready.choice
+        told = choice.forecast if choice.training is not None else choice.tried[0]
+        return Room(ready.forecaster.most_tokens(told.shape, limit), told.shape.length)
+
+
 def contexts(forecaster: Forecaster, training: TrainingConfig, shape: Shape) -> dict[int, dict[str, int]]:
     """The peak by context length and way of checkpointing, one row a batch. Leaves the engine set to the smallest."""
     table: dict[int, dict[str, int]] = {length: {} for length in CONTEXTS}
@@ -195,13 +237,11 @@ def contexts(forecaster: Forecaster, training: TrainingConfig, shape: Shape) -> 
 
 
 def other_machine(text: str) -> tuple[str, int]:
-    """(name, limit) of a Mac: macOS lends the GPU two thirds of up to 36 GB, and three quarters of more."""
-    found = re.search(r"(\d+)\s*gi?b\b", text, re.IGNORECASE)
-    if not found or not 4 <= int(found[1]) <= 1024:
-        raise ConfigError(f"--for is '{text}'. Say the chip and its memory, such as \"M2 16GB\".")
-    return text, mac_limit(int(found[1]))
+    """(name, limit) of a Mac. Raises ConfigError for one that there is not."""
+    name, memory = mac(text)
+    return name, mac_limit(memory)
 
 
 def mac_limit(memory: int) -> int:
     """Bytes that a run may take on a Mac with so many GB: a safe share of what macOS lends the GPU."""
-    return int(SAFE_SHARE * memory * 2**30 * (2 / 3 if memory <= 36 else 3 / 4))
+    return int(SAFE_SHARE * working_set(memory))

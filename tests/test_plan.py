@@ -32,7 +32,35 @@ def test_the_verb(tmp_path: Path) -> None:
     assert small.seconds is None and "does not fit" in str(small)
 
 
-@pytest.mark.parametrize("text", ["M2", "16", "M2 2GB", ""])
-def test_unknown_machines_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="M2 16GB"):
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("M2", '"M2 16GB"'),
+        ("16GB", '"M2 16GB"'),
+        ("", '"M2 16GB"'),
+        ("M2 2GB", "M2 come with 8 GB, 16 GB, 24 GB"),
+        ("M3 Pro 32GB", "M3 Pro come with 18 GB, 36 GB"),
+        ("M3 Por 36GB", "Did you mean 'M3 Pro'"),
+        ("RTX 4090 24GB", "--memory_limit 12GB"),
+        ("M2 16TB", '"M2 16GB"'),
+    ],
+)
+def test_unknown_machines_are_refused(text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as refused:
         other_machine(text)
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "told"),  # what Metal tells on such a Mac, in MiB: lines of llama.cpp's logs
+    [
+        ("m1 16 GB", "M1 16GB", 10922.67),
+        ("Apple M2 Max, 32GB", "M2 Max 32GB", 21845.33),
+        ("M4 Max 36GB", "M4 Max 36GB", 28991.03e6 / 2**20),
+        ("M1 Max 64GB", "M1 Max 64GB", 49152.0),
+        ("M2-Max 96GiB", "M2 Max 96GB", 73728.0),
+    ],
+)
+def test_other_macs_have_what_metal_tells_there(text: str, name: str, told: float) -> None:
+    found, limit = other_machine(text)
+    assert found == name and limit == pytest.approx(0.9 * told * 2**20, rel=1e-4)

@@ -15,10 +15,12 @@ from mlxlora import cli
 from mlxlora.adapters import AdapterConfig
 from mlxlora.data import SamplesConfig
 from mlxlora.errors import ConfigError, RunError
+from mlxlora.reporting.jsonl import read
 from mlxlora.reporting.search import search_page
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control
-from mlxlora.tune import SearchConfig, TuneResult, combinations, suggestion, tune
+from mlxlora.trials import SearchConfig, combinations, suggestion
+from mlxlora.tune import TuneResult, tune
 from tests import tiny
 
 SEARCH = SearchConfig(ranks=[2, 4], targets=["attention", "q_proj,v_proj"], trials=6, steps=4, range_steps=24)
@@ -77,6 +79,18 @@ def test_a_stopped_search_goes_on_and_ends_at_the_same(place: Path, found: TuneR
     assert search(place, tmp_path / "out").trials == found.trials
 
 
+def test_a_part_of_the_data_is_enough(place: Path, tmp_path: Path) -> None:
+    few = SearchConfig(
+        learning_rates=[1e-3], ranks=[2], targets=["attention"], steps=2, rows=15, validation_rows=2
+    )  # fmt: skip
+    found = search(place, tmp_path / "out", search=few)
+    trial = next((found.out / "round-1").iterdir())
+    data = next(event for event in read(trial / "metrics.jsonl") if event["event"] == "data")
+    assert data["samples"] + 3 == 15 and data["validation_samples"] == 2  # one of the three split off is not needed
+    assert yaml.safe_load((found.out / "best.yaml").read_text())["data"] == [str(place / "rows.jsonl")]
+    assert not [event for event in read(trial / "metrics.jsonl") if event["event"] == "samples"]
+
+
 def test_what_it_found_trains(place: Path, found: TuneResult, capsys: pytest.CaptureFixture[str]) -> None:
     best = yaml.safe_load((found.out / "best.yaml").read_text())
     assert best["optimizer"]["learning_rate"] == found.trials[0].learning_rate
@@ -107,7 +121,15 @@ def test_other_settings_or_another_directory_are_refused(place: Path, found: Tun
 
 @pytest.mark.parametrize(
     "options",
-    [{"ranks": []}, {"ranks": [0]}, {"learning_rates": [0.0]}, {"reduction": 1}, {"lowest": 1.0}, {"steps": 0}],
+    [
+        {"rows": 9},
+        {"ranks": []},
+        {"ranks": [0]},
+        {"learning_rates": [0.0]},
+        {"reduction": 1},
+        {"lowest": 1.0},
+        {"steps": 0},
+    ],
 )
 def test_searches_that_cannot_be_right_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"search\.\w+"):

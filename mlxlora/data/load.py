@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.counts import Counts
 from mlxlora.data.dataset import Dataset, Tokens
+from mlxlora.data.draw import Draw
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import named_template
 from mlxlora.data.messages import message_of
@@ -38,6 +39,7 @@ ELSEWHERE = (
 """Options that do not change how a row becomes a sample (the template's source stands in the key itself)."""
 
 
+Some = TypeVar("Some")
 Rows: TypeAlias = list[Any]
 """Samples given in Python, each as `from_rows` takes it."""
 
@@ -64,6 +66,7 @@ def load(
     *,
     seed: int = 0,
     vocabulary_size: int | None = None,
+    most: int | None = None,
     on_progress: Progress | None = None,
 ) -> DataSplits:
     """Read, tokenise and check a data set.
@@ -71,12 +74,13 @@ def load(
     data: a file, a directory or archive with train/valid/test files, or `hub:owner/name`; a list of these, each with an
         optional `=WEIGHT` (how often its rows are seen in an epoch); or a list of rows, as for `from_rows`
     vocabulary_size: rows of the model's embedding; samples with larger token ids are refused
+    most: at most this many rows of each split, drawn evenly from all of them; all are read, but only these tokenised
     on_progress: called with (what, done, total), in bytes
 
     Raises DataError with every problem of the rows (file:line), before anything is written.
     """
     config = config or SamplesConfig()
-    loader = _Loader(tokenizer, config, vocabulary_size, on_progress)
+    loader = _Loader(tokenizer, config, vocabulary_size, on_progress, most)
     sources = places_of(data)
     if sources is None:
         assert not isinstance(data, str | Path)
@@ -110,9 +114,15 @@ def from_rows(rows: Iterable[Any], tokenizer: Tokenizer, config: SamplesConfig |
 
 class _Loader:
     def __init__(
-        self, tokenizer: Tokenizer, config: SamplesConfig, vocabulary_size: int | None, on_progress: Progress | None
+        self,
+        tokenizer: Tokenizer,
+        config: SamplesConfig,
+        vocabulary_size: int | None,
+        on_progress: Progress | None,
+        most: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.most = most
         self.config = config
         self.vocabulary_size = vocabulary_size
         self.on_progress = on_progress
@@ -128,17 +138,24 @@ class _Loader:
         def fill(directory: Path) -> None:
             problems, counts, kinds = Problems(), Counts(), {}
             writer = self._writer(directory)
+            draw = Draw(self.most) if self.most is not None else None
             try:
                 done, total = 0, sum(place.size for place in found)
                 for number, place in enumerate(found):
                     reader = FormatReader(place.name, self.config, problems)
                     bar = _Bar(self.on_progress, f"tokenising {split} data", done, total)
                     records = reader.records(place.rows(problems, bar.at))
-                    self.encoder.write(records, writer, counts, source=number, name=place.name, on_chunk=bar.show)
+                    if draw is None:
+                        self.encoder.write(records, writer, counts, source=number, name=place.name, on_chunk=bar.show)
+                    else:
+                        draw.take(number, bar.along(records))
                     done += place.size
                     kinds[place.name] = reader.format
                     if problems.enough:
                         break
+                for number, place in enumerate(found if draw is not None and not problems.count else ()):
+                    assert draw is not None
+                    self.encoder.write(draw.of(number), writer, counts, source=number, name=place.name)
                 problems.raise_any(f"{_number(problems.count)} in the data:")
                 counts.refuse_unusable(split, allow=self.config.allow_unusable)
                 bar.finish()
@@ -162,7 +179,12 @@ class _Loader:
             writer = self._writer(directory)
             try:
                 reader = FormatReader("row", self.config, problems)
-                self.encoder.write(_records(rows, reader, problems), writer, counts, source=0, name="row")
+                records = _records(rows, reader, problems)
+                if self.most is not None:
+                    draw = Draw(self.most)
+                    draw.take(0, records)
+                    records = draw.of(0)
+                self.encoder.write(records, writer, counts, source=0, name="row")
                 problems.raise_any(f"{_number(problems.count)} in the rows:")
                 counts.refuse_unusable(split, allow=self.config.allow_unusable)
                 writer.close({"names": ["row"], "formats": {}, "counts": counts.as_dict()})
@@ -181,8 +203,10 @@ class _Loader:
         options = {name: value for name, value in asdict(self.config).items() if name not in ELSEWHERE}
         named = self.config.template
         templates = {"default": named_template(named)} if named else self.tokenizer.chat_templates
+        drawn = {} if self.most is None else {"most": self.most}
         return key_of(
             {"data": contents, "tokenizer": self.tokenizer.fingerprint, "templates": templates, "options": options}
+            | drawn
         )
 
     def _dataset(self, split: str, tokens: Tokens, manifest: dict[str, Any], weights: Sequence[float]) -> Dataset:
@@ -223,6 +247,13 @@ class _Bar:
         """Tell it."""
         if self.on_progress:
             self.on_progress(self.what, min(self.done + self.position, self.total), self.total)
+
+    def along(self, items: Iterable[Some]) -> Iterator[Some]:
+        """The items, told now and then."""
+        for number, item in enumerate(items):
+            if number % 1024 == 0:
+                self.show()
+            yield item
 
     def finish(self) -> None:
         """All is read."""

@@ -70,3 +70,26 @@ def test_problems_come_together_with_their_lines(tmp_path: Path, tokenizer: Toke
     with pytest.raises(DataError) as caught:
         load(path, tokenizer)
     assert [problem.where for problem in caught.value.problems] == [f"{path}:{line}" for line in (1, 2, 5)]
+
+
+def test_a_part_is_drawn_evenly_and_always_the_same(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    first = write(tmp_path / "a.jsonl", [chat(f"Question {i}", f"Answer {i}") for i in range(300)])
+    second = write(tmp_path / "b.jsonl", [{"text": f"Text {i}"} for i in range(100)])
+    config = SamplesConfig(validation_split=0, cache=tmp_path / "cache")
+    data = load([first, second], tokenizer, config, most=80).train
+    lines = [data.origin(position).rsplit("/", 1)[1].split(":") for position in range(len(data))]
+    assert len(data) == 80 == len({tuple(line) for line in lines})
+    assert 10 <= sum(name == "b.jsonl" for name, _ in lines) <= 30  # about a quarter
+    numbers = [int(number) for name, number in lines if name == "a.jsonl"]
+    assert numbers == sorted(numbers) and min(numbers) < 40 and max(numbers) > 260
+    again = load([first, second], tokenizer, config, most=80).train
+    assert again.fingerprint == data.fingerprint
+    assert len(load([first, second], tokenizer, config).train) == 400  # another entry of the cache
+    assert (
+        load([first, second], tokenizer, config, most=4000).train.fingerprint
+        == load([first, second], tokenizer, config).train.fingerprint
+    )
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write('{"messages": [{"role": "user"}]}\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:301"):  # rows that are not drawn are looked at all the same
+        load([first, second], tokenizer, config, most=10)

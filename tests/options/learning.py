@@ -97,6 +97,7 @@ ROWS: list[Row] = [
         for name, value, given in (
             ("learning_rates", "0.002 0.003", {}),
             ("trials", "1", {}),
+            ("validation_rows", "2", {}),
             ("steps", "7", {}),
             ("reduction", "2", {"search__ranks": "1 2 3"}),
             ("range_steps", "50", {"search__learning_rates": None}),
@@ -104,6 +105,7 @@ ROWS: list[Row] = [
             ("highest", "0.5", {"search__learning_rates": None}),
         )
     ),
+    row("tune", "search.rows", "10", "trials+plan"),
     row("tune", "search.ranks", "4", "trials+plan"),
     row("tune", "search.targets", "q_proj", "trials+plan"),
     *shared("tune", "adapter", {k: v for k, v in ADAPTER.items() if k not in ("rank", "targets")}, "trials+plan"),
@@ -162,7 +164,8 @@ ROWS: list[Row] = [
     row("train", "training.validate_every", "2", "validated+saved+kept", samples__validation_split="0.25"),
     row("train", "training.save_every", "1", "saved+kept"),
     row("train", "training.report_every", "3", "reported"),
-    row("train", "training.sample_every", "3", "answers", samples__validation_split="0.25"),
+    row("train", "training.sample_every", "2", "answers", samples__validation_split="0.25"),
+    row("train", "training.sample_every", "0", "answers", samples__validation_split="0.25"),
     row("train", "training.keep", "1", "kept", training__save_every="1"),
     row("train", "training.seed", "7", "weights+losses+norms"),
     row(

@@ -12,6 +12,7 @@ import pytest
 
 from mlxlora.engine import Engine
 from mlxlora.parameters import bytes_of, flat
+from mlxlora.plan import Room
 from mlxlora.reporting.watch import FinetuneResult
 from mlxlora.training.events import Checkpoint, Control, Data, Event, Notice, Samples, Started, Step, Validation
 from mlxlora.training.forecast import Forecast, Forecaster
@@ -120,7 +121,10 @@ def tune(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPat
     """The trials of a search, whose losses come from a formula instead of a run."""
     trials: list[Any] = []
 
-    def finetune(*, out: Path, training: Any, on_event: Any, control: Any, **options: Any) -> Any:
+    def learn(path: Path, tokenizer: Any, splits: Any, settings: dict[str, Any], **_: Any) -> Any:
+        options = dict(settings)
+        out, training = options.pop("out"), options.pop("training")
+        options["data"] = (splits.train.fingerprint, splits.valid.fingerprint)
         trials.append((out.relative_to(arguments["out"]), training, options))
         out.mkdir(parents=True)
         rising = "range" in out.name
@@ -128,15 +132,14 @@ def tune(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPat
         loss = abs(options["optimizer"].learning_rate - 1e-3) + options["adapter"].rank
         return type("Result", (), {"reason": "done", "best_loss": loss})
 
-    patch.setattr(sys.modules["mlxlora.tune"], "finetune", finetune)
-    needs = type("Needs", (), {"most_tokens": 100, "length": 10, "samples": 100})
+    patch.setattr(sys.modules["mlxlora.trials"], "learn", learn)
     planned: list[Any] = []
 
-    def planner(*words: Any, **options: Any) -> Any:
-        planned.append((words, {name: value for name, value in options.items() if name != "on_progress"}))
-        return needs
+    def planner(loaded: Any, splits: Any, **options: Any) -> Any:
+        planned.append((splits.train.fingerprint, options))
+        return Room(100, 10)
 
-    patch.setattr(sys.modules["mlxlora.tune"], "plan", planner)
+    patch.setattr(sys.modules["mlxlora.tune"], "room", planner)
     function(**arguments)
     return {"trials": [(str(path), training, options) for path, training, options in trials], "plan": planned}
 
