@@ -9,12 +9,14 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.adapters.config import MAX_SCALE
+from mlxlora.adapters.kinds import LAYERS
 from mlxlora.errors import Problem
 from mlxlora.files import MANIFEST, wrong_files
 
 FORMAT = 1  # of the manifest
 WEIGHTS, CONFIG = "adapters.safetensors", "adapter_config.json"
-PARTS = {"lora": ("lora_a", "lora_b"), "dora": ("lora_a", "lora_b", "m"), "full": ()}
+PARTS: dict[str, tuple[str, ...]] = {kind: table[0][1].learned for kind, table in LAYERS.items()} | {"full": ()}
+"""The arrays of one module, by the type of the adapter."""
 
 
 def rank_axes(lora_a: mx.array) -> tuple[int, int]:
@@ -29,7 +31,7 @@ def _number(value: Any) -> bool:
 def config_problems(settings: dict[str, Any], kind: Any) -> list[Problem]:
     """What is wrong with adapter_config.json of an adapter of this type."""
     if not isinstance(kind, str) or kind not in PARTS:
-        return [Problem(f"{CONFIG}: fine_tune_type", f"expected lora, dora or full, found {kind!r}")]
+        return [Problem(f"{CONFIG}: fine_tune_type", f"expected one of {', '.join(PARTS)}, found {kind!r}")]
     if kind == "full":
         return []
     parameters = settings.get("lora_parameters")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mlxlora.errors import ConfigError, Problem
 
+Kind = Literal["lora", "dora", "full"]
 PRESETS = ("attention", "attention+mlp", "all-linear", "output", "all")
 MAX_RANK = 65_536  # wider than any layer known
 MAX_SCALE = 1e4  # a larger |scale| is a damaged file or a mistake, never a setting
@@ -43,7 +44,7 @@ class LayerConfig:
 class AdapterConfig:
     """Which modules learn, and how."""
 
-    type: Literal["lora", "dora", "full"] = "lora"
+    type: Kind = "lora"
     """lora; dora (LoRA and a learned magnitude a row); or full: every chosen weight itself learns, kept in float32,
     while the forward pass stays in the model's own dtype"""
     rank: int = 16
@@ -79,8 +80,8 @@ class AdapterConfig:
 
     def _value_problems(self) -> list[Problem]:
         problems = []
-        if str(self.type) not in ("lora", "dora", "full"):
-            problems.append(Problem("type", f"must be lora, dora or full, not {self.type!r}"))
+        if self.type not in get_args(Kind):
+            problems.append(Problem("type", f"must be one of {', '.join(get_args(Kind))}, not {self.type!r}"))
         for name, rank in [("rank", self.rank), *((f"rank_pattern[{p!r}]", r) for p, r in self.rank_pattern.items())]:
             if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= MAX_RANK:
                 problems.append(Problem(name, f"must be a whole number from 1 to {MAX_RANK:,}, not {rank!r}"))

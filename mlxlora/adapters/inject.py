@@ -48,7 +48,7 @@ def inject(network: nn.Module, config: AdapterConfig, *, seed: int = 0) -> Injec
     """
     refuse_injected(network)
     selection = select(network, config)
-    refuse_shared(network, selection.chosen)
+    refuse_shared(selection.chosen)
     before = tuple((module, frozenset(module._no_grad)) for _, module in network.named_modules())
     total = count_weights(network)
     opened: list[full.Opened] = []
@@ -124,7 +124,7 @@ def refuse_injected(network: nn.Module) -> None:
         raise ConfigError(f"The model carries adapters already ({carrying or 'full'}). Remove them first.")
 
 
-def refuse_shared(network: nn.Module, chosen: dict[str, nn.Module]) -> None:
+def refuse_shared(chosen: dict[str, nn.Module]) -> None:
     """Raise UnsupportedError when one module object stands in two places: its adapters would fight."""
     first: dict[int, str] = {}
     for path, module in chosen.items():

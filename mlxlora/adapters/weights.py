@@ -14,8 +14,6 @@ import mlx.nn as nn
 
 from mlxlora import mlxlm
 
-MODES = {"affine": None, "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # mode: its only (group size, bits)
-
 
 @dataclass(frozen=True, slots=True)
 class Quantization:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from mlxlora.errors import ConfigError
+from mlxlora.errors import ConfigError, nearest
 
 LossOn = Literal["assistant", "last", "completion", "all"]
 Thinking = Literal["keep", "mask", "strip"]
@@ -100,8 +100,6 @@ class SamplesConfig:
             raise ConfigError(f"date is '{self.date}'; give it as YYYY-MM-DD.") from None
         unknown = set(self.columns) - set(KEYS)
         if unknown:
-            from mlxlora.errors import nearest
-
             name = sorted(unknown)[0]
             raise ConfigError(f"columns: '{name}' is none of our keys ({', '.join(KEYS)}).{nearest(name, KEYS)}")
 

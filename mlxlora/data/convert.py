@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 from mlxlora.commands import command
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.formats import SHAREGPT_ROLES
-from mlxlora.data.messages import decoded_json
+from mlxlora.data.messages import Fields, decoded_json
 from mlxlora.data.places import Place, find
 from mlxlora.data.problems import Problems, RowError
 from mlxlora.data.reader import FormatReader
@@ -138,7 +138,7 @@ class _RolePolicy:
     coerced: int = 0
     dropped: int = 0
 
-    def __call__(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    def __call__(self, row: Fields) -> Fields:
         if self.policy == "strict":
             return row
         changed = {}

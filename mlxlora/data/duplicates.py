@@ -25,7 +25,8 @@ from mlxlora.data.records import Completion, Conversation, Record
 
 HASHES, BANDS = 16, 4
 WIDTH = HASHES // BANDS
-SHINGLE = 3  # words
+_ORDER = (1, 0x9E3779B1, 0xC2B2AE3D27D4EB4F)  # what the words of a run are multiplied with: their order counts
+SHINGLE = len(_ORDER)  # words of a run
 ALIKE = 14  # of the 16 hashes that must agree: about 0.87 of the shingles in common
 SHORTEST = 8  # words; shorter texts are alike too easily
 LONGEST = 2000  # words that are looked at
@@ -190,7 +191,10 @@ def minhash(text: str) -> Signatures:
     if len(words) < SHORTEST:
         return _NONE
     numbers = np.fromiter((zlib.crc32(word.encode("utf-8", "surrogatepass")) for word in words), np.uint64, len(words))
-    runs = numbers[:-2] + numbers[1:-1] * np.uint64(0x9E3779B1) + numbers[2:] * np.uint64(0xC2B2AE3D27D4EB4F)
+    count = len(numbers) - SHINGLE + 1
+    runs = np.zeros(count, np.uint64)
+    for place, factor in enumerate(_ORDER):
+        runs += numbers[place : place + count] * np.uint64(factor)
     runs ^= runs >> np.uint64(29)
     runs = (runs * np.uint64(0xBF58476D1CE4E5B9)) >> np.uint64(32)
     mixed = (runs[:, None] * _FACTORS + _SUMMANDS) & np.uint64(0xFFFFFFFF)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from typing import Any, NamedTuple
 
-from mlxlora.data.messages import decoded_json, message_of, messages_of, tool_calls_of, tools_of, weight_of
+from mlxlora.data.messages import Fields, decoded_json, message_of, messages_of, tool_calls_of, tools_of, weight_of
 from mlxlora.data.problems import RowError, kind_of
 from mlxlora.data.records import (
     Completion,
@@ -23,18 +23,16 @@ from mlxlora.data.records import (
 )
 from mlxlora.errors import ConfigError, nearest
 
-Row = Mapping[str, Any]
-
 
 class Format(NamedTuple):
     """One line of the table: which keys tell the format, how a row is read, what it looks like."""
 
     keys: tuple[str, ...]
-    read: Callable[[Row], Record]
+    read: Callable[[Fields], Record]
     looks: str
 
 
-def detect(row: Row) -> str | None:
+def detect(row: Fields) -> str | None:
     """The format of a row by its keys, or None."""
     return next((name for name, form in FORMATS.items() if all(row.get(key) is not None for key in form.keys)), None)
 
@@ -46,7 +44,7 @@ def known_format(name: str) -> Format:
     return FORMATS[name]
 
 
-def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+def renamed(row: Fields, columns: Mapping[str, str]) -> Fields:
     """The row with our keys in place of the user's. Raises RowError when a mapped key is missing."""
     if not columns:
         return row
@@ -61,7 +59,7 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def read_messages(row: Row) -> Conversation:
+def read_messages(row: Fields) -> Conversation:
     """`messages`: role and content, as OpenAI and Hugging Face write them; `tools` beside them."""
     return Conversation(messages_of(row["messages"], "messages"), tools_of(row))
 
@@ -73,7 +71,7 @@ SHAREGPT_ROLES = {
 }  # fmt: skip
 
 
-def read_sharegpt(row: Row) -> Conversation:
+def read_sharegpt(row: Fields) -> Conversation:
     """`conversations`: from and value (or role and content under this name)."""
     turns = row.get("conversations", row.get("conversation"))
     if isinstance(turns, str) and turns.lstrip().startswith("["):
@@ -110,7 +108,7 @@ def read_sharegpt(row: Row) -> Conversation:
     return Conversation(messages, tools_of(row))
 
 
-def read_alpaca(row: Row) -> Conversation:
+def read_alpaca(row: Fields) -> Conversation:
     """`instruction`, optional `input`, `output`, optional `system` and `history`."""
     instruction, output = _text(row, "instruction"), _text(row, "output")
     extra = _text(row, "input") if row.get("input") is not None else ""
@@ -123,17 +121,17 @@ def read_alpaca(row: Row) -> Conversation:
     return Conversation([*messages, Message("user", asked), Message("assistant", output)])
 
 
-def read_completion(row: Row) -> Record:
+def read_completion(row: Fields) -> Record:
     """`prompt` and `completion`, as text or as messages."""
     return _ending(row, "completion")
 
 
-def read_preference(row: Row) -> Record:
+def read_preference(row: Fields) -> Record:
     """`chosen` and `rejected`, as text or messages, after a `prompt` or whole."""
     return Preference(_ending(row, "chosen"), _ending(row, "rejected"))
 
 
-def read_judged(row: Row) -> Record:
+def read_judged(row: Fields) -> Record:
     """KTO: `prompt`, `completion` and a `label` that is true or false."""
     label = row["label"]
     if isinstance(label, str) and label.lower() in ("true", "false"):
@@ -143,7 +141,7 @@ def read_judged(row: Row) -> Record:
     return Judged(_ending(row, "completion"), bool(label))
 
 
-def read_question(row: Row) -> Record:
+def read_question(row: Fields) -> Record:
     """`prompt` and `answer`, for rewards."""
     asked: Conversation | str
     if isinstance(row["prompt"], str):
@@ -156,7 +154,7 @@ def read_question(row: Row) -> Record:
     return Question(asked, str(answer))
 
 
-def _ending(row: Row, key: str) -> Conversation | Completion:
+def _ending(row: Fields, key: str) -> Conversation | Completion:
     """A prompt with one of its endings."""
     prompt, ending = row.get("prompt"), row[key]
     if isinstance(prompt, str) and isinstance(ending, str):
@@ -177,19 +175,19 @@ def _said(value: Any, role: str, key: str) -> list[Message]:
     return [Message(role, value)] if isinstance(value, str) else messages_of(value, key)
 
 
-def read_document(row: Row) -> Document:
+def read_document(row: Fields) -> Document:
     """`text`."""
     return Document(_text(row, "text"))
 
 
-def _text(row: Row, key: str) -> str:
+def _text(row: Fields, key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         raise RowError(f"'{key}' must be a string, not {kind_of(value)}", f"Give the text of '{key}'.")
     return value
 
 
-def _keys(row: Row) -> str:
+def _keys(row: Fields) -> str:
     return ", ".join(repr(str(key)) for key in list(row)[:8]) or "no keys"
 
 
@@ -208,7 +206,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def unknown_format(row: Row, *, known: bool = True) -> RowError:
+def unknown_format(row: Fields, *, known: bool = True) -> RowError:
     """What to say about a row whose keys match no format; `known`: with the formats that there are."""
     keys = [str(key) for key in row]
     close = ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
@@ -319,8 +319,6 @@ def _as_record(row: Any) -> Record | None:
 
 
 def _renamed(tokens: Tokens, names: Sequence[str]) -> Tokens:
-    from dataclasses import replace
-
     return replace(tokens, names=tuple(names))
 
 

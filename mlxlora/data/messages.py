@@ -10,7 +10,9 @@ from mlxlora.data.problems import RowError, kind_of
 from mlxlora.data.records import ROLES, Message
 from mlxlora.errors import nearest
 
-Row = Mapping[str, Any]
+Fields = Mapping[str, Any]
+"""A row, or an object inside of one, by its keys."""
+
 _MESSAGE = 'A message looks like {"role": "user", "content": "…"}.'
 _CALL = 'A call looks like {"type": "function", "function": {"name": "…", "arguments": {…}}}.'
 
@@ -84,7 +86,7 @@ def _part(part: Any, where: str) -> str:
     raise RowError(f"{where} is {kind}, not text", "Only text can be learned from; remove the part.")
 
 
-def weight_of(item: Row, where: str) -> float | None:
+def weight_of(item: Fields, where: str) -> float | None:
     """`train: false` or `weight: 0.5` of a message. Raises RowError."""
     train, weight = item.get("train"), item.get("weight")
     if train is not None and not isinstance(train, bool):
@@ -127,7 +129,7 @@ def decoded_json(text: str, where: str, advice: str = _CALL) -> Any:
         raise RowError(f"{where} is a string that is not JSON", advice) from None
 
 
-def tools_of(row: Row) -> list[dict[str, Any]] | None:
+def tools_of(row: Fields) -> list[dict[str, Any]] | None:
     """`tools`: JSON schemas, as an array or as JSON text. Raises RowError."""
     tools = row.get("tools", row.get("functions"))
     if isinstance(tools, str):
@@ -144,7 +146,7 @@ def tools_of(row: Row) -> list[dict[str, Any]] | None:
     return [tool if "function" in tool else {"type": "function", "function": tool} for tool in tools]
 
 
-def _optional_text(item: Row, key: str, where: str) -> str | None:
+def _optional_text(item: Fields, key: str, where: str) -> str | None:
     value = item.get(key)
     if value is not None and not isinstance(value, str):
         raise RowError(f"{where}.{key} must be a string, not {kind_of(value)}")

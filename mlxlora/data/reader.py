@@ -12,6 +12,7 @@ from mlxlora.data.config import SamplesConfig
 from mlxlora.data.counts import Counts
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import template_source
+from mlxlora.data.messages import Fields
 from mlxlora.data.problems import Problems, RowError
 from mlxlora.data.records import (
     Completion,
@@ -45,7 +46,7 @@ class FormatReader:
         config: SamplesConfig,
         problems: Problems,
         *,
-        mended: Callable[[formats.Row], formats.Row] = lambda row: row,
+        mended: Callable[[Fields], Fields] = lambda row: row,
     ) -> None:
         """name: of the file, for messages; mended: what becomes of a row under our keys, before it is read."""
         self.name = name

@@ -169,7 +169,7 @@ class TestRefusals:
     @pytest.mark.parametrize("kind", ["qlora", 3, None])
     def test_unknown_types(self, good, kind):
         self.rewrite(good, fine_tune_type=kind)
-        self.refused(good, "lora, dora or full")
+        self.refused(good, "lora, dora, full")
 
     def test_tensors_that_would_replace_base_weights(self, good):
         tensors = tiny.tensors(good / "adapters.safetensors")
