@@ -49,6 +49,7 @@ class DataCheck:
     findings: warnings
     shown: some samples, token by token
     settings: of `samples`, those that are not the defaults
+    revision: of the model on the hub, where one was asked for
     """
 
     data: tuple[str, ...]
@@ -74,6 +75,7 @@ class DataCheck:
     shown: tuple[Shown, ...]
     settings: dict[str, Any]
     html: Path | None = None
+    revision: str | None = None
 
     def facts(self) -> list[tuple[str, str]]:
         """The figures with their names."""
@@ -110,7 +112,8 @@ class DataCheck:
         lines += [f"  ! {finding}" for finding in self.findings]
         if self.html:
             lines.append(f"all of it as a page: {self.html}")
-        flags = {f"samples.{name}": _word(value) for name, value in self.settings.items()}
+        flags = {"revision": self.revision} if self.revision is not None else {}
+        flags |= {f"samples.{name}": _word(value) for name, value in self.settings.items()}
         lines += ["", f"next: {command('train', model=self.model, data=self.data, **flags, out='RUN')}"]
         return "\n".join(lines)
 
@@ -130,6 +133,7 @@ def check(
     show: int = 3,
     html: Path | None = None,
     seed: int = 0,
+    revision: str | None = None,
     trust_remote_code: bool = False,
     on_progress: Progress | None = None,
 ) -> DataCheck:
@@ -144,6 +148,7 @@ def check(
         show: how many samples are shown token by token
         html: write all of it as a page that opens without a network
         seed: of the validation split
+        revision: branch, tag or commit of the model on the hub
         trust_remote_code: allow the tokenizer to run Python code of its own
 
     Raises DataError with every row that cannot be read (file:line).
@@ -153,7 +158,7 @@ def check(
         raise ConfigError(f"show is {show}, but must be 0 or more.")
     if html is not None:
         refuse_no_page(html)
-    tokenizer = load_tokenizer(hub.find(model), trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(hub.find(model, revision=revision), trust_remote_code=trust_remote_code)
     config = replace(samples, allow_unusable=True, preference="chosen")
     splits = load(data, tokenizer, config, seed=seed, on_progress=on_progress)
     findings = Findings()
@@ -189,6 +194,7 @@ def check(
         settings={name: value for name, value in vars(samples).items() if value != getattr(SamplesConfig(), name)},
         shown=tuple(shown(train[index], tokenizer) for index in _chosen(train, show)),
         html=html,
+        revision=revision,
     )
     if html is not None:
         bars = [(f"{low}–{high}", count) for low, high, count in result.histogram]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlxlora.errors import ConfigError, nearest
+from mlxlora.files import refuse_no_directory
 
 LossOn = Literal["assistant", "last", "completion", "all"]
 Thinking = Literal["keep", "mask", "strip"]
@@ -90,6 +91,8 @@ class SamplesConfig:
                 f"stride is {self.stride}; give 1 to the window's {self.window or self.max_length} tokens, "
                 "or text between two windows is never learned."
             )
+        if self.cache is not None:
+            refuse_no_directory(self.cache, "cache")
         if self.sample_start == "":
             raise ConfigError("sample_start is empty; leave it out, or give the marker.")
         if self.fill and self.stride is not None:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mlxlora.data.dataset import Tokens, sample_hash
 from mlxlora.data.sample import Sample
 from mlxlora.errors import DataError, InputError
-from mlxlora.files import new_directory, read_json, remove_directory, write_json
+from mlxlora.files import new_directory, read_json, refuse_no_directory, remove_directory, write_json
 
 VERSION = 3  # of what an entry holds; another version is another key
 KEPT_DAYS = 60  # entries that were not used for so long are removed
@@ -204,9 +204,13 @@ class Store:
 
 
 def cache_directory() -> Path:
-    """$MLXLORA_CACHE, else mlxlora below $XDG_CACHE_HOME, else ~/.cache/mlxlora."""
+    """$MLXLORA_CACHE, else mlxlora below $XDG_CACHE_HOME, else ~/.cache/mlxlora.
+
+    Raises ConfigError where the first is no directory and cannot become one.
+    """
     given = os.environ.get("MLXLORA_CACHE")
     if given:
+        refuse_no_directory(Path(given), "$MLXLORA_CACHE")
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlxlora"
 

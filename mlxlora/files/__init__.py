@@ -12,7 +12,7 @@ plain.py    values as JSON and YAML know them
 
 from mlxlora.files.archive import extract_zip, zip_members
 from mlxlora.files.manifest import MANIFEST, file_records, wrong_files
-from mlxlora.files.places import refusal_of, refuse_no_page, refuse_unmakeable
+from mlxlora.files.places import refusal_of, refuse_no_directory, refuse_no_page, refuse_unmakeable
 from mlxlora.files.plain import plain
 from mlxlora.files.publish import (
     new_directory,
@@ -46,6 +46,7 @@ __all__ = [
     "read_yaml",
     "refusal_of",
     "refuse_existing",
+    "refuse_no_directory",
     "refuse_no_page",
     "refuse_unmakeable",
     "remove_directory",

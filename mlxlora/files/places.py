@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from mlxlora.errors import InputError, MlxLoraError
+from mlxlora.errors import ConfigError, InputError, MlxLoraError
 
 # what the system says when the place was wrong, not the machine
 WRONG_PLACE = {
@@ -27,6 +27,17 @@ def refuse_unmakeable(target: Path) -> None:
         raise InputError(f"{above} is a file, so nothing can be written below it. Choose another place.")
     if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{above} may not be written to. Choose another place, or change its permissions.")
+
+
+def refuse_no_directory(place: Path, setting: str) -> None:
+    """Raise ConfigError unless `place` is a directory, be it one that may only be read, or one can be made there."""
+    place = Path(place)
+    if place.is_dir():
+        return
+    try:
+        refuse_unmakeable(place / "entry")
+    except InputError as error:
+        raise ConfigError(f"{setting} is to be a directory: {error}") from None
 
 
 def refuse_no_page(target: Path) -> None:

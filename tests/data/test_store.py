@@ -13,7 +13,7 @@ import pytest
 
 from mlxlora.data import Dataset, SamplesConfig, load
 from mlxlora.data.store import Store
-from mlxlora.errors import DataError, UnsupportedError
+from mlxlora.errors import ConfigError, DataError, UnsupportedError
 from mlxlora.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"question {i}", "completion": f"answer {i}"} for i in range(50)]
@@ -114,10 +114,26 @@ def test_wrong_rows_leave_nothing_behind(jsonl: Callable[..., Path], tokenizer: 
     assert not [item for item in cache.rglob("*") if item.suffix == ".bin"]
 
 
-def test_a_cache_that_cannot_be_written(jsonl: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_written(
+    jsonl: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").write_text("no directory")
-    splits = load(jsonl(ROWS), tokenizer, SamplesConfig(cache=tmp_path / "file"))
-    assert len(splits.train) > 40
+    monkeypatch.delenv("MLXLORA_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(load(jsonl(ROWS), tokenizer).train) > 40
+
+
+@pytest.mark.parametrize("below", ["", "deeper"])
+def test_a_named_cache_that_is_no_directory_is_refused(
+    below: str, jsonl: Callable[..., Path], tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no directory")
+    named = tmp_path / "file" / below
+    with pytest.raises(ConfigError, match=r"cache is to be a directory: .*file is a file"):
+        SamplesConfig(cache=named)
+    monkeypatch.setenv("MLXLORA_CACHE", str(named))
+    with pytest.raises(ConfigError, match=r"\$MLXLORA_CACHE is to be a directory"):
+        load(jsonl(ROWS), tokenizer)
 
 
 def test_old_entries_are_removed(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ WRONG: list[tuple[str, list[str]]] = [  # flags, and words that the message must
     ("--samples.max_length -5", ["max_length"]),
     ("--samples.loss_on answers", ["loss_on", "assistant"]),
     ("--samples.validation_split 1.5", ["validation_split"]),
+    ("--samples.cache /dev/null", ["cache", "/dev/null is a file"]),
     ("--memory_limit lots", ["memory_limit", "lots"]),
     ("--memory_limit 12", ["memory_limit"]),
     ("--report_to tensorbord", ["tensorbord", "tensorboard"]),

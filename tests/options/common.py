@@ -8,10 +8,9 @@ ROWS: list[Row] = [
     # ---- every verb that takes a model ------------------------------------------------------------------------------
     *(
         row(verb, option, value, "asked", "asks_the_hub")
-        for verb in (*MODEL_VERBS, "export")
+        for verb in (*MODEL_VERBS, "export", "data check")
         for option, value in (("revision", "v1"), ("model", "someone/else"))
     ),
-    row("data check", "model", "someone/else", "asked", "asks_the_hub"),
     *(
         row(verb, "trust_remote_code", "true", "ran", "runs_own_code", model="@own_code")
         for verb in (*MODEL_VERBS, "data check")
