@@ -149,9 +149,9 @@ def _kind(settings: Mapping[str, Any]) -> str:
             "This is no adapter but a whole model's worth of weights (fine_tune_type full). Put them into the model "
             "with mlx_lm.fuse and use that."
         )
-    if kind not in PARTS:
+    if not isinstance(kind, str) or kind not in PARTS:
         raise FormatError(f"{CONFIG}: fine_tune_type: expected lora or dora, found {kind!r}.")
-    return str(kind)
+    return kind
 
 
 def _tensors(source: Path) -> dict[str, mx.array]:

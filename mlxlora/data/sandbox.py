@@ -1,26 +1,25 @@
-"""Where chat templates run: Jinja's immutable sandbox, with bounds on time, output and intermediate strings.
+"""Where chat templates run: Jinja's immutable sandbox, with bounds on time and on size.
 
-Jinja keeps a template away from Python; it does not keep it from taking all of the machine's time or memory.
+Jinja keeps a template away from Python; it does not keep it from taking all of the machine's time or memory. Here every
+loop, macro and comparison begins with a look at the clock, put there when the template is parsed, and every step that
+may make something large goes through a function that measures it.
 """
 
 from __future__ import annotations
 
 import datetime
-import json
-import re
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jinja2
 import jinja2.exceptions
-import jinja2.nodes
+import jinja2.nodes as nodes
 import jinja2.sandbox
 from jinja2.ext import Extension, loopcontrols
 
-SECONDS = 5.0  # one rendering
-CHARACTERS = 64 * 1024 * 1024  # its output, and any string on the way
-LARGEST_NUMBER = 100_000  # as an argument: widths, counts, repeats
+from mlxlora.data.bounds import CHARACTERS, Bounds, size_of
+
+SECONDS = 5.0  # of the processor: one rendering
 
 
 class _Generation(Extension):
@@ -34,174 +33,189 @@ class _Generation(Extension):
 
 
 class Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox of one template.
-
-    Every loop and macro body begins with a look at the clock, put there when the template is parsed. Strings grow only
-    through functions that look at the size first.
-    """
+    """The sandbox of one template."""
 
     intercepted_binops = frozenset({"*", "**", "%"})  # `+` and `~` are replaced when the template is parsed
 
     def __init__(self, date: datetime.date) -> None:
         """date: what `strftime_now` formats."""
-        # unoptimised: the optimiser would compute constant expressions at compile time, outside of any bound
+        bounds = self.bounds = Bounds()
+        # unoptimised: the optimiser would compute constant expressions when the template is compiled
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             optimized=False,
             extensions=[_Generation, loopcontrols],
-            finalize=self.printable,
+            finalize=bounds.printable,
         )
-        self.deadline = float("inf")
-        self.concat = self.bounded  # type: ignore[method-assign]
+        self.concat = bounds.bounded  # type: ignore[method-assign]
         self.filters = {name: self._guarded(name, self.filters[name]) for name in FILTERS}
-        self.filters["tojson"] = self._guarded("tojson", _tojson)
-        self.filters |= {"_tick": self.tick, "_joined": self.joined, "_added": self.added}
+        self.filters["tojson"] = self._guarded("tojson", bounds.tojson)
+        self.filters |= {"_tick": bounds.tick, "_seen": bounds.seen, "_made": bounds.made}
+        self.filters |= {"_joined": bounds.joined, "_added": bounds.added}
+        self.tests = {name: self._looking(test) for name, test in self.tests.items()}
         moment = datetime.datetime(date.year, date.month, date.day, 12)
         self.globals = {
             "range": self.globals["range"],
             "namespace": _Namespace,
             "dict": dict,
             "raise_exception": _raise_exception,
-            "strftime_now": moment.strftime,
+            "strftime_now": lambda pattern: bounds.strftime(moment, pattern),
         }
 
-    def rendered(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
-        """What a template of this sandbox writes. Raises what Jinja raises, and what the template's operations do."""
-        self.deadline = time.monotonic() + SECONDS
-        return self.bounded(template.generate(values))
+    def compiled(self, source: str) -> jinja2.Template:
+        """The template of a source. What is constant in it is computed now, within the same bounds."""
+        self.bounds.begin(SECONDS)
+        return self.from_string(source)
 
-    def _parse(self, source: str, name: str | None, filename: str | None) -> jinja2.nodes.Template:
+    def rendered(self, template: jinja2.Template, values: Mapping[str, Any]) -> str:
+        """What a template of this sandbox writes. Raises what Jinja raises, TooSlow, and what its operations do."""
+        self.bounds.begin(SECONDS)
+        return self.bounds.bounded(template.generate(values))
+
+    def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         tree = super()._parse(source, name, filename)
-        kinds = (jinja2.nodes.For, jinja2.nodes.Macro, jinja2.nodes.CallBlock)
-        for node in tree.find_all(kinds):
-            if isinstance(node, kinds):
-                look = self._function("_tick", jinja2.nodes.Const(None), [])
-                node.body.insert(0, jinja2.nodes.ExprStmt(look, lineno=node.lineno))
-        _replace_sums(tree, self)
+        for node in tree.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
+            assert isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock)
+            node.body.insert(0, nodes.ExprStmt(self._look(), lineno=node.lineno))
+            if isinstance(node, nodes.For) and node.test is not None:
+                node.test = nodes.Or(self._look(), node.test, lineno=node.lineno)
+        self._replace(tree)
         return tree
 
-    def _function(self, name: str, first: jinja2.nodes.Expr, rest: list[jinja2.nodes.Expr]) -> jinja2.nodes.Filter:
+    def _look(self) -> nodes.Expr:
+        """An expression that looks at the clock, and is false."""
+        return self._function("_tick", nodes.Const(None), [])
+
+    def _function(self, name: str, first: nodes.Expr, rest: list[nodes.Expr]) -> nodes.Filter:
         """A call of one of our own functions: as a filter, which Jinja compiles to a plain call."""
-        node = jinja2.nodes.Filter(first, name, rest, [], None, None)
+        node = nodes.Filter(first, name, rest, [], None, None)
         node.set_lineno(first.lineno or 1)
         node.set_environment(self)
         return node
 
-    def tick(self, _: Any = None) -> str:
-        """Stop a rendering that takes too long."""
-        if time.monotonic() > self.deadline:
-            raise jinja2.TemplateRuntimeError(f"the template took longer than {SECONDS:g} seconds")
-        return ""
+    def _replace(self, node: nodes.Node) -> None:
+        """Lead every step below `node` that may make something large through a function that measures it."""
+        for field, value in node.iter_fields():
+            if isinstance(value, nodes.Node):
+                setattr(node, field, self._measured(value))
+                self._replace(value if isinstance(value, _LITERALS) else getattr(node, field))
+            elif isinstance(value, list):
+                for index, item in enumerate(value):
+                    if isinstance(item, nodes.Node):
+                        value[index] = self._measured(item)
+                        self._replace(item if isinstance(item, _LITERALS) else value[index])
 
-    def joined(self, *parts: Any) -> str:
-        """`a ~ b`, bounded."""
-        return self.bounded(str(self.printable(part)) for part in parts)
-
-    def added(self, first: Any, *rest: Any) -> Any:
-        """`a + b + c`, bounded."""
-        if isinstance(first, str):
-            parts = (first, *rest)
-            if all(isinstance(part, str) for part in parts):
-                if sum(map(len, parts)) > CHARACTERS:
-                    self.check_size(CHARACTERS + 1)
-                return "".join(parts)
-        for part in rest:
-            if isinstance(first, (str, list, tuple)) and isinstance(part, (str, list, tuple)):
-                self.check_size(len(first) + len(part))
-            first = first + part
-        return first
-
-    def printable(self, value: Any) -> Any:
-        """`value` as it is, once it is known that writing it out stays below the limit."""
-        if value.__class__ is str:
-            return value
-        if not isinstance(value, (str, int, float, bool, type(None))):
-            self.check_size(_written_size(value, CHARACTERS + 1))
-        return value
-
-    def bounded(self, parts: Iterable[str]) -> str:
-        """Join strings, as long as they stay below the limit."""
-        kept, size = [], 0
-        for part in parts:
-            size += len(part)
-            self.check_size(size)
-            kept.append(part)
-        return "".join(kept)
-
-    def check_size(self, size: int) -> None:
-        """Refuse a string or list of this size."""
-        if size > CHARACTERS:
-            raise jinja2.TemplateRuntimeError(f"the template writes more than {CHARACTERS:,} characters")
-        self.tick()
+    def _measured(self, node: nodes.Node) -> nodes.Node:
+        if isinstance(node, nodes.Concat):
+            return self._function("_joined", node.nodes[0], list(node.nodes[1:]))
+        if isinstance(node, nodes.Compare):
+            node.expr = self._function("_seen", node.expr, [])
+        elif isinstance(node, nodes.Pair) and not isinstance(node.key, nodes.Const):
+            node.key = self._function("_seen", node.key, [])
+        elif isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Const | nodes.Slice):
+            node.arg = self._function("_seen", node.arg, [])
+        elif _makes_something(node):
+            assert isinstance(node, nodes.Expr)
+            return self._function("_made", node, [])
+        terms: list[nodes.Expr] = []
+        first: nodes.Node = node
+        while isinstance(first, nodes.Add):
+            terms.insert(0, first.right)
+            first = first.left
+        return self._function("_added", first, terms) if terms and isinstance(first, nodes.Expr) else node
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        self.bounds.tick()
         if operator == "*":
-            for one, other in ((left, right), (right, left)):
-                if isinstance(one, (str, list, tuple)) and isinstance(other, int):
-                    self.check_arguments((other,), {})
-                    self.check_size(len(one) * max(other, 0))
+            self.bounds.check_product(left, right)
         elif operator == "**":
-            self.check_arguments((left, right), {})
-            if abs(right) > 64:
+            self.bounds.check_number(left)
+            if not isinstance(right, int | float) or abs(right) > 64:
                 raise jinja2.TemplateRuntimeError("the template raises a number to a large power")
-        elif operator == "%" and isinstance(left, str) and _wide(left):
-            raise jinja2.TemplateRuntimeError("the template formats text to a large width")
-        if operator == "%":
-            self.printable(right)
-        return super().call_binop(context, operator, left, right)
+        elif isinstance(left, str):
+            self.bounds.check_format(left, "%", (right,))
+        return self.bounds.made(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
-        self.check_arguments(args, kwargs)
+        self.bounds.tick()
+        for value in (*args, *kwargs.values()):
+            self.bounds.check_number(value)
         owner = getattr(function, "__self__", None)
         if isinstance(owner, str):
-            self.check_method(owner, function.__name__, args)
-        return super().call(context, function, *args, **kwargs)
-
-    def check_arguments(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Refuse numbers that could only be meant to exhaust the machine."""
-        self.tick()
-        for value in (*args, *kwargs.values()):
-            self.printable(value)
-            if isinstance(value, (int, float)) and abs(value) > LARGEST_NUMBER:
-                raise jinja2.TemplateRuntimeError(f"the template passes the number {value}")
-
-    def check_method(self, text: str, name: str, args: Sequence[Any]) -> None:
-        """Refuse methods of strings whose result would be too large."""
-        if name == "replace" and len(args) >= 2:
-            old, new = str(args[0]), str(args[1])
-            self.check_size(len(text) + (text.count(old) if old else len(text) + 1) * len(new))
-        elif name == "join" and args and isinstance(args[0], (list, tuple)):
-            self.check_size(sum(len(str(part)) + len(text) for part in args[0]))
+            args = self.bounds.check_method(owner, function.__name__, args)
+        return self.bounds.made(super().call(context, function, *args, **kwargs))
 
     def wrap_str_format(self, value: Any) -> Any:
         text = getattr(value, "__self__", None)
-        if isinstance(text, str) and value.__name__ in ("format", "format_map") and _wide(text):
-            raise jinja2.TemplateRuntimeError("the template formats text to a large width")
-        return super().wrap_str_format(value)
-
-    def _guarded(self, name: str, function: Any) -> Any:
-        """A filter that looks at its arguments first."""
+        wrapped = super().wrap_str_format(value)
+        if wrapped is None or not isinstance(text, str):
+            return wrapped
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            self.bounds.check_format(text, "{", (*args, *kwargs.values()))
+            return wrapped(*args, **kwargs)
+
+        return run
+
+    def _looking(self, test: Any) -> Any:
+        """A test that looks at the clock first."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.bounds.tick()
+            return test(*args, **kwargs)
+
+        run.__dict__.update(getattr(test, "__dict__", {}))  # how Jinja knows that a test wants the environment
+        return run
+
+    def _guarded(self, name: str, function: Callable[..., Any]) -> Any:
+        """A filter that looks at its arguments first, and at what it made."""
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.bounds.tick()
+            passed = [value for value in args if isinstance(value, _PASSED)]
             given = [value for value in args if not isinstance(value, _PASSED)]
-            self.check_arguments(given, kwargs)
-            if name == "replace" and len(given) >= 3:
-                self.check_method(str(given[0]), "replace", given[1:])
-            elif name == "join" and isinstance(given[0], (list, tuple)):
-                self.check_method(str([*given, kwargs.get("d", "")][1]), "join", given)
-            elif name == "indent":
-                width = [*given, kwargs.get("width", 4)][1]
-                self.check_size(str(given[0]).count("\n") * (width if isinstance(width, int) else len(str(width))))
-            elif name == "format" and _wide(str(given[0])):
-                raise jinja2.TemplateRuntimeError("the template formats text to a large width")
-            return function(*args, **kwargs)
+            for value in (*given, *kwargs.values()):
+                self.bounds.check_number(value)
+            self._check_filter(name, given, kwargs)
+            return self.bounds.made(function(*passed, *given, **kwargs))
 
         run.__dict__.update(getattr(function, "__dict__", {}))  # how Jinja knows that a filter wants the context
         return run
 
+    def _check_filter(self, name: str, given: list[Any], kwargs: dict[str, Any]) -> None:
+        """Refuse what a filter would make too large. `given` may be changed to what has been measured."""
+        words = [*given[1:], *kwargs.values()]
+        if name == "join":
+            given[0] = parts = self.bounds.made(list(given[0]))
+            self.bounds.check_size(
+                size_of(parts, CHARACTERS + 1) + len(parts) * max((len(str(w)) for w in words), default=0)
+            )
+        elif name == "replace" and len(words) >= 2:
+            self.bounds.check_method(str(given[0]), "replace", tuple(words))
+        elif name == "trim" and words:
+            self.bounds.check_method(str(given[0]), "strip", tuple(words))
+        elif name == "indent":
+            width = max((w if type(w) is int else len(str(w)) for w in words), default=4)
+            self.bounds.check_size((str(given[0]).count("\n") + 1) * (width + 1))
+        elif name == "format":
+            self.bounds.check_format(str(given[0]), "%", words)
+        elif name == "sum" and not all(isinstance(w, str | int | float | None) for w in words):
+            raise jinja2.TemplateRuntimeError("sum adds numbers")
 
-_PASSED = (jinja2.Environment, jinja2.runtime.Context, jinja2.nodes.EvalContext)  # what Jinja itself passes to filters
+
+_LITERALS = (nodes.List, nodes.Tuple, nodes.Dict, nodes.Getitem)
+_PASSED = (jinja2.Environment, jinja2.runtime.Context, nodes.EvalContext)  # what Jinja itself passes to filters
+
+
+def _makes_something(node: nodes.Node) -> bool:
+    """Whether an expression makes a value of others: a literal that is no store to be unpacked into, or a slice."""
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Slice)
+    if isinstance(node, nodes.List | nodes.Tuple):
+        store = isinstance(node, nodes.Tuple) and node.ctx != "load"
+        return not store and not all(isinstance(item, nodes.Const) for item in node.items)
+    return isinstance(node, nodes.Dict)
 
 
 class _Namespace(jinja2.utils.Namespace):
@@ -212,59 +226,8 @@ class _Namespace(jinja2.utils.Namespace):
             raise jinja2.exceptions.SecurityError("a namespace cannot hold a name that begins with an underscore")
         jinja2.utils.Namespace.__init__(*args, **kwargs)
 
-
-def _replace_sums(node: jinja2.nodes.Node, environment: Sandbox) -> None:
-    """Turn every `a + b + c` and `a ~ b` below `node` into one call of a bounded function."""
-    for field, value in node.iter_fields():
-        if isinstance(value, jinja2.nodes.Node):
-            setattr(node, field, _bounded_sum(value, environment))
-            _replace_sums(getattr(node, field), environment)
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                if isinstance(item, jinja2.nodes.Node):
-                    value[index] = _bounded_sum(item, environment)
-                    _replace_sums(value[index], environment)
-
-
-def _bounded_sum(node: jinja2.nodes.Node, environment: Sandbox) -> jinja2.nodes.Node:
-    if isinstance(node, jinja2.nodes.Concat):
-        return environment._function("_joined", node.nodes[0], list(node.nodes[1:]))
-    terms: list[jinja2.nodes.Expr] = []
-    first: jinja2.nodes.Node = node
-    while isinstance(first, jinja2.nodes.Add):
-        terms.insert(0, first.right)
-        first = first.left
-    if not terms or not isinstance(first, jinja2.nodes.Expr):
-        return node
-    return environment._function("_added", first, terms)
-
-
-def _written_size(value: Any, limit: int) -> int:
-    """At least how many characters `value` takes when written out, counted no further than `limit`."""
-    if isinstance(value, str):
-        return len(value)
-    size = 2
-    if isinstance(value, dict):
-        value = [part for pair in value.items() for part in pair]
-    if isinstance(value, (list, tuple)):
-        for part in value:
-            size += 2 + _written_size(part, limit - size)
-            if size > limit:
-                break
-    return size
-
-
-def _wide(pattern: str) -> bool:
-    """Whether a format string asks for a width of four digits or more, or takes it from an argument."""
-    return re.search(r"%[^a-zA-Z%]*(\d{4,}|\*)|\{[^}]*(\d{4,}|\{)", pattern) is not None
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    if indent is not None and (not isinstance(indent, (int, str)) or len(str(indent)) > 3):
-        raise jinja2.TemplateRuntimeError("tojson: the indent is too large")
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    def __repr__(self) -> str:  # Jinja's writes out all that it holds
+        return "<Namespace>"
 
 
 def _raise_exception(message: Any) -> None:

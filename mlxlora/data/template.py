@@ -15,10 +15,11 @@ from typing import Any
 
 import jinja2
 
-from mlxlora.data.sandbox import Sandbox
+from mlxlora.data.bounds import TooSlow
+from mlxlora.data.sandbox import SECONDS, Sandbox
 from mlxlora.errors import ModelError
 
-SOURCE_CHARACTERS = 1024 * 1024
+SOURCE_CHARACTERS = 256 * 1024
 
 
 class TemplateRefusal(Exception):
@@ -53,10 +54,10 @@ class ChatTemplate:
         self.date = date
         self._sandbox = Sandbox(date)
         try:
-            self._template = self._sandbox.from_string(source)
+            self._template = self._sandbox.compiled(source)
         except jinja2.TemplateSyntaxError as error:
             raise ModelError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}.") from None
-        except (RecursionError, MemoryError, ValueError, TypeError) as error:
+        except (RecursionError, MemoryError, ValueError, TypeError, TooSlow) as error:
             raise ModelError(f"the chat template cannot be compiled: {type(error).__name__}.") from None
 
     def render(
@@ -69,7 +70,8 @@ class ChatTemplate:
     ) -> str:
         """The text of a conversation.
 
-        Raises TemplateRefusal when the template raises, fails, or exceeds its bounds.
+        Raises TemplateRefusal when the template raises, fails, or makes too much of this conversation; ModelError when
+        it takes too long, which the next conversation would only repeat.
         """
         values = {
             **self.variables,
@@ -81,6 +83,11 @@ class ChatTemplate:
         }
         try:
             return self._sandbox.rendered(self._template, values)
+        except TooSlow:
+            raise ModelError(
+                f"the chat template takes longer than {SECONDS:g} seconds for one conversation. Choose another by "
+                "--samples.template."
+            ) from None
         except jinja2.TemplateError as error:
             raise TemplateRefusal(error.message or type(error).__name__) from None
         except RecursionError:

@@ -217,6 +217,7 @@ def test_wrong_input(llama: Path, tmp_path: Path) -> None:
         ("scale: expected a number", {**config, "lora_parameters": {"rank": 4, "scale": 1e30}}, tensors, FormatError),
         ("fine_tune_type full", {**config, "fine_tune_type": "full"}, tensors, UnsupportedError),
         ("fine_tune_type: expected", {**config, "fine_tune_type": "what"}, tensors, FormatError),
+        ("fine_tune_type: expected", {**config, "fine_tune_type": {"lora": 1}}, tensors, FormatError),
         ("is PEFT's", {"peft_type": "LORA"}, tensors, FormatError),
     ]  # fmt: skip
     for number, (message, settings, state, kind) in enumerate(wrong):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import pytest
@@ -12,6 +13,8 @@ from mlxlora.data.template import ChatTemplate, TemplateRefusal
 from mlxlora.errors import ConfigError, ModelError
 
 DEEP = "{% for a in [0,0,0,0,0,0,0,0,0,0] %}" * 12 + "{% endfor %}" * 12
+NEST = "{% set n = namespace(x=[1], y=[1]) %}{% for i in range(90) %}{% set n.x = [n.x, n.x] %}{% set n.y = [n.y, n.y] %}{% endfor %}"
+BIG = "('a' * 90000 * 40)"
 HOSTILE = {
     "reaching into Python": "{{ ''.__class__.__mro__ }}",
     "through a global": "{{ messages.__init__.__globals__ }}",
@@ -40,6 +43,33 @@ HOSTILE = {
     "a power": "{{ 9 ** 9 ** 9 }}",
     "much output": "{% for i in range(90000) %}{{ 'a' * 90000 }}{% endfor %}",
     "much captured output": "{% set x %}{% for i in range(90000) %}{{ 'a' * 90000 }}{% endfor %}{% endset %}",
+    "a number squared": "{% set n = namespace(x=9) %}{% for i in range(90) %}{% set n.x = n.x * n.x %}{% endfor %}",
+    "a list in itself, written out": NEST + "{{ n.x | tojson }}",
+    "a list in itself, compared": NEST + "{{ n.x == n.y }}",
+    "a list in itself, looked for": NEST + "{{ n.x in [n.y] }}",
+    "a list in itself, tested": NEST + "{{ n.x is eq(n.y) }}",
+    "a tuple in itself, as a key": NEST.replace("[", "(").replace("]", ",)") + "{{ {n.x: 1} }}",
+    "lists added up": "{{ ([range(90000) | list] * 90000) | sum(start=[]) | length }}",
+    "a range joined": "{{ (range(90000) | join(BIG)) | length }}",
+    "letters joined": "{{ BIG.join(BIG) | length }}",
+    "letters joined lazily": "{{ BIG.join(BIG | map('upper')) | length }}",
+    "tabs": "{{ ('\t' * 90000).expandtabs(90000) }}",
+    "letters translated": "{{ BIG.translate({97: BIG}) }}",
+    "bytes repeated": "{{ 'a'.encode() * 90000 * 90000 }}",
+    "bytes of a number": "{{ (5).to_bytes(90000, 'big') }}",
+    "many fields": "{{ ('{0:>999}' * 90000).format('x') }}",
+    "many fields by percent": "{{ ('%(a)999d' * 90000) % {'a': 1} }}",
+    "many fields by a filter": "{{ ('%(a)s' * 90000) | format(a=BIG) }}",
+    "fields of a view": "{{ ('{0}' * 90000).format({'a': BIG}.values()) }}",
+    "wide JSON": "{{ (range(90000) | list) | tojson(separators=(BIG, ':')) }}",
+    "strings kept": "{% set n = namespace(x=[]) %}{% for i in range(90000) %}{% set n.x = n.x + [BIG ~ i] %}{% endfor %}",
+    "lists kept": "{% set n = namespace(x=[]) %}{% for i in range(90000) %}{% set n.x = n.x + [(BIG ~ i) | list] %}{% endfor %}",
+    "slices kept": "{% set n = namespace(x=[]) %}{% for i in range(90000) %}{% set n.x = n.x + [BIG[1:]] %}{% endfor %}",
+    "characters taken away": "{{ BIG.strip(BIG ~ 'b') }}",
+    "characters trimmed": "{{ BIG | trim(BIG ~ 'b') }}",
+    "a condition of a loop": NEST.replace("90", "17") + "{% for i in range(90000) if n.x != n.y %}{% endfor %}",
+    "many dates": "{{ strftime_now('%c' * 90000) }}",
+    "a wide date": "{{ strftime_now('%9999999Y') }}",
     "a large range": "{{ range(10000000000) | list }}",
 }  # fmt: skip
 
@@ -47,10 +77,23 @@ HOSTILE = {
 @pytest.mark.parametrize("name", list(HOSTILE))
 def test_hostile_templates_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlxlora.data.sandbox.SECONDS", 0.5)
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises((TemplateRefusal, ModelError)):
-        ChatTemplate(HOSTILE[name]).render([{"role": "user", "content": "x"}])
-    assert time.perf_counter() - begin < 5
+        ChatTemplate(HOSTILE[name].replace("BIG", BIG)).render([{"role": "user", "content": "x"}])
+    assert time.process_time() - begin < 5
+
+
+def test_a_template_that_is_too_slow_ends_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would be as slow for every other row."""
+    monkeypatch.setattr("mlxlora.data.sandbox.SECONDS", 0.1)
+    with pytest.raises(ModelError, match="takes longer than"):
+        ChatTemplate(DEEP).render([])
+
+
+def test_a_process_that_was_stopped_is_not_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(step=1000)
+    monkeypatch.setattr("mlxlora.data.bounds.time.monotonic", lambda: next(clock))
+    assert ChatTemplate("{% for i in range(9) %}{{ i }}{% endfor %}").render([]) == "012345678"
 
 
 @pytest.mark.parametrize("source", ["{{ '{0.__class__}'.format(messages) }}", "{{ messages | attr('__class__') }}"])
