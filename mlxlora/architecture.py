@@ -130,10 +130,11 @@ def _scaling(parameters: Config) -> Config | None:
 def _spell_per_layer_type(config: Config, parameters: Config) -> None:
     """The same for models whose kinds of layer rotate differently (Gemma 3 and its like)."""
     full, sliding = parameters.get("full_attention"), parameters.get("sliding_attention")
-    if full is not None and full.get("rope_type") != "proportional":
-        # Gemma 4's kind: mlx-lm reads it in the new spelling alone, and transformers fails on it in the old one
+    # mlx-lm reads these in the new spelling alone, and transformers fails on them in the old one
+    new_alone = config.get("model_type") == "mellum"
+    if full is not None and full.get("rope_type") != "proportional" and not new_alone:
         _spell_old(config, full)
-    if sliding is not None and "rope_theta" in sliding:
+    if sliding is not None and "rope_theta" in sliding and not new_alone:
         config.setdefault("rope_local_base_freq", sliding["rope_theta"])
     layers = config.get("layer_types")
     if "sliding_window_pattern" not in config and isinstance(layers, list) and "full_attention" in layers:
@@ -199,7 +200,13 @@ def silently_wrong(config: Config) -> list[str]:
         )
     if kind == "gpt_oss" and isinstance(scaling, dict) and scaling.get("truncate") is False:
         found.append("mlx-lm rounds the bounds of YaRN's ramp, which gpt_oss does not: logits differ by about 2e-2.")
-    if kind in ("gemma", "starcoder2", "gpt_neox"):
+    if kind == "jamba" and text.get("num_experts", 1) > text.get("num_experts_per_tok", 2):
+        found.append("mlx-lm weighs this jamba model's chosen experts to one, its authors do not: logits differ.")
+    if kind == "falcon_h1" and (text.get("key_multiplier", 1) != 1 or text.get("attention_in_multiplier", 1) != 1):
+        found.append("mlx-lm leaves out the factors on this falcon_h1 model's keys and values: logits differ.")
+    if kind == "ernie4_5_moe":
+        found.append("mlx-lm leaves out the bias with which this model's routers choose experts: logits differ.")
+    if kind in ("gemma", "recurrent_gemma", "starcoder2", "gpt_neox"):
         found.append(
             "mlx-lm uses the exact GELU where this model's authors use its tanh form: logits differ by about 5e-4."
         )

@@ -35,6 +35,11 @@ _SLIDING = {"sliding_window": 16, "layer_types": ["sliding_attention", "full_att
 _GROUPS = {"n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0, "norm_topk_prob": True}
 _CONV = {"conv_L_cache": 3, "conv_bias": False, "norm_eps": 1e-5, "layer_types": ["conv", "full_attention"]}
 _STATE = {"state_size": 8, "conv_kernel": 4, "use_bias": False, "use_conv_bias": True, "time_step_rank": 4, "expand": 2}
+_MAMBA2 = {
+    "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_d_conv": 4, "mamba_n_groups": 1,
+    "mamba_expand": 2, "mamba_chunk_size": 8, "mamba_conv_bias": True, "mamba_proj_bias": False,
+    "time_step_limit": [0.0, 100.0],
+}  # fmt: skip
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "mlp_bias": False},
     "mistral": {"architectures": ["MistralForCausalLM"], "head_dim": 8, "sliding_window": None},
@@ -250,6 +255,45 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "n_inner": 64, "multi_query": True, "layer_norm_epsilon": 1e-5, "attention_bias": True, "mlp_bias": True,
         "tie_word_embeddings": True,
     },
+    "granitemoehybrid": {
+        "architectures": ["GraniteMoeHybridForCausalLM"], **_MAMBA2, "layer_types": ["mamba", "attention"],
+        "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 32, "logits_scaling": 2.0,
+        "attention_multiplier": 0.35, "embedding_multiplier": 2.0, "residual_multiplier": 0.5,
+        "position_embedding_type": "rope",
+    },
+    "jamba": {
+        "architectures": ["JambaForCausalLM"], "num_experts": 2, "num_experts_per_tok": 2, "attn_layer_offset": 1,
+        "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2, "mamba_d_state": 8,
+        "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": 4, "mamba_conv_bias": True, "mamba_proj_bias": False,
+    },
+    "falcon_h1": {
+        "architectures": ["FalconH1ForCausalLM"], **_MAMBA2, "head_dim": 8, "mamba_d_ssm": 64,
+        "mamba_norm_before_gate": False, "mamba_rms_norm": True, "projectors_bias": False, "mlp_bias": False,
+        "lm_head_multiplier": 0.5, "embedding_multiplier": 5.6, "mlp_multipliers": [0.9, 0.3], "key_multiplier": 1.0,
+        "attention_in_multiplier": 1.0, "attention_out_multiplier": 0.9375, "ssm_in_multiplier": 1.25,
+        "ssm_multipliers": [0.35, 0.25, 0.17, 0.5, 0.3], "ssm_out_multiplier": 0.23,
+    },
+    "ernie4_5_moe": {
+        "architectures": ["Ernie4_5_MoeForCausalLM"], "use_bias": False, "head_dim": 8, "moe_num_experts": 4,
+        "moe_k": 2, "moe_intermediate_size": 32, "moe_num_shared_experts": 1, "moe_layer_start_index": 1,
+        "moe_layer_end_index": -1, "moe_layer_interval": 1,
+    },
+    "mellum": {
+        "architectures": ["MellumForCausalLM"], "head_dim": 8, **_MOE, **_SLIDING, "norm_topk_prob": True,
+        "mlp_layer_types": ["sparse", "sparse"], "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+        },
+    },
+    "recurrent_gemma": {
+        "architectures": ["RecurrentGemmaForCausalLM"], "num_hidden_layers": 3, "lru_width": 32, "head_dim": 8,
+        "attention_window_size": 64, "block_types": ["recurrent", "recurrent", "attention"], "logits_soft_cap": 30.0,
+        "tie_word_embeddings": True, "hidden_activation": "gelu_pytorch_tanh", "conv1d_width": 4,
+        "num_key_value_heads": 1, "partial_rotary_factor": 0.5, "embeddings_scale_by_sqrt_dim": True,
+    },
+    "minimax_m2": {
+        "architectures": ["MiniMaxM2ForCausalLM"], "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "rotary_dim": 4, "shared_intermediate_size": 0, "use_qk_norm": True, "scoring_func": "sigmoid",
+    },
 }  # fmt: skip
 GPT2 = {
     "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 512, "n_embd": 32, "n_head": 4, "n_layer": 2,
@@ -257,4 +301,12 @@ GPT2 = {
     "tie_word_embeddings": True, "torch_dtype": "float32",
 }  # fmt: skip
 
-NO_THETA = ("gptj", "gpt_bigcode", "mamba", "mamba2", "nemotron_h")  # architectures whose config.json never says one
+NO_THETA = (
+    "gptj",
+    "gpt_bigcode",
+    "jamba",
+    "mamba",
+    "mamba2",
+    "mellum",
+    "nemotron_h",
+)  # architectures whose config.json never says one

@@ -196,12 +196,15 @@ def transformers_directory(path: Path, family: str = "llama", *, seed: int = 0, 
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            if parameter.ndim == 1:
+            if "moe_statics" in name:
+                parameter.zero_()  # the bias of ernie4_5_moe's routers, which mlx-lm leaves out
+            elif parameter.ndim == 1:
                 parameter.copy_((1.0 if "norm" in name and "bias" not in name else 0.0) + 0.1 * noise)
             else:
                 parameter.copy_(noise * (0.5 if "embed" in name or "wte" in name else 1.0) / parameter.shape[-1] ** 0.5)
     model.float().save_pretrained(path)
-    if family == "gemma4_text":  # as its published files say it: this version of transformers writes per_layer_config
+    if family in ("gemma4_text", "granitemoehybrid"):
+        # as published files say it: this version of transformers writes per_layer_config, and "linear_attention"
         (path / "config.json").write_text(json.dumps(settings, indent=2))
     tokenizer(path)
     return path

@@ -11,6 +11,9 @@ experts in MLX's layout would pass that proof, and transformers would load them 
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 from mlxlora.errors import UnsupportedError, nearest
 from mlxlora_convert.checkpoint_rules import (
     AsVector,
@@ -26,6 +29,7 @@ from mlxlora_convert.checkpoint_rules import (
     Transpose,
     TransposedExperts,
     Unstack,
+    WithoutBias,
 )
 
 
@@ -44,6 +48,16 @@ _MLA: tuple[Rule, ...] = (
     JoinHeads(f"{_ATTENTION}.embed_q.weight", f"{_ATTENTION}.unembed_out.weight", f"{_ATTENTION}.kv_b_proj.weight"),
 )
 _GRANITE = "model.layers.{i}.block_sparse_moe"
+_GRANITE_EXPERTS = (
+    StackHalves(
+        f"{_GRANITE}.switch_mlp.gate_proj.weight",
+        f"{_GRANITE}.switch_mlp.up_proj.weight",
+        f"{_GRANITE}.input_linear.weight",
+    ),
+    Rename(f"{_GRANITE}.switch_mlp.down_proj.weight", f"{_GRANITE}.output_linear.weight"),
+)
+_MAMBA = "model.layers.{i}.mamba"
+_SHARED = "model.layers.{i}.shared_mlp"
 _OSS = "model.layers.{i}.mlp.experts"
 _LFM2 = "model.layers.{i}.feed_forward"
 _LFM2_NAMES = (("gate_proj", "w1"), ("up_proj", "w3"), ("down_proj", "w2"))
@@ -79,16 +93,27 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
         *_experts("mlp"),
         Rename("model.layers.{i}.mlp.gate.e_score_correction_bias", "model.layers.{i}.mlp.e_score_correction_bias"),
     ),
-    **dict.fromkeys(("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), (*_experts("mlp"), *_MLA)),
-    **dict.fromkeys(("afmoe", "dots1"), _experts("mlp", stack="experts")),
-    "granitemoe": (
-        StackHalves(
-            f"{_GRANITE}.switch_mlp.gate_proj.weight",
-            f"{_GRANITE}.switch_mlp.up_proj.weight",
-            f"{_GRANITE}.input_linear.weight",
-        ),
-        Rename(f"{_GRANITE}.switch_mlp.down_proj.weight", f"{_GRANITE}.output_linear.weight"),
+    **dict.fromkeys(
+        ("deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa", "joyai_llm_flash", "kimi_k2"),
+        (*_experts("mlp"), *_MLA),
     ),
+    **dict.fromkeys(("afmoe", "dots1"), _experts("mlp", stack="experts")),
+    "granitemoe": _GRANITE_EXPERTS,
+    "granitemoehybrid": (
+        *_GRANITE_EXPERTS,
+        StackHalves(f"{_QWEN}.gate_proj.weight", f"{_QWEN}.up_proj.weight", f"{_SHARED}.input_linear.weight"),
+        Rename(f"{_QWEN}.down_proj.weight", f"{_SHARED}.output_linear.weight"),
+        Convolution(f"{_MAMBA}.conv1d.weight"),
+    ),
+    "jamba": (*_experts("feed_forward"), Convolution(f"{_MAMBA}.conv1d.weight")),
+    "falcon_h1": (Convolution(f"{_MAMBA}.conv1d.weight"),),
+    "ernie4_5_moe": (
+        *_experts("mlp"),
+        WithoutBias("model.layers.{i}.mlp.gate.weight", "model.layers.{i}.mlp.moe_statics.e_score_correction_bias"),
+    ),
+    "mellum": _experts("mlp"),
+    "recurrent_gemma": (Convolution("model.layers.{i}.temporal_block.conv_1d.weight"),),
+    "minimax_m2": _experts("block_sparse_moe", ("w1", "w3", "w2")),
     "gemma4_text": (
         StackHalves(
             f"{_GEMMA4}.switch_glu.gate_proj.weight",
@@ -160,26 +185,82 @@ FAMILIES: dict[str, tuple[Rule, ...]] = {
 
 # Multimodal models of which mlx-lm keeps the language model alone, below `language_model`: the type of its text_config
 # where that does not say one. They leave as the text models that they are here.
-TEXT_PARTS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "mistral3": "mistral"}
-_CLASSES = {
-    "gemma3_text": "Gemma3ForCausalLM", "gemma4_text": "Gemma4ForCausalLM", "mistral": "MistralForCausalLM",
-    "ministral3": "Ministral3ForCausalLM",
+TEXT_PARTS = {
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "kimi_k25": "deepseek_v3", "kimi_vl": "deepseek_v3",
+    "llava": "llama", "mistral3": "mistral", "pixtral": "mistral", "qwen2_5_vl": "qwen2", "qwen2_vl": "qwen2",
+    "qwen3_vl": "qwen3", "qwen3_vl_moe": "qwen3_moe",
 }  # fmt: skip
+# what a text_config calls itself there, and the text model that it is
+_TEXT_TYPES = {
+    "kimi_k2": "deepseek_v3", "qwen2_5_vl_text": "qwen2", "qwen2_vl_text": "qwen2", "qwen3_vl_moe_text": "qwen3_moe",
+    "qwen3_vl_text": "qwen3",
+}  # fmt: skip
+_CLASSES = {
+    "deepseek_v3": "DeepseekV3ForCausalLM", "gemma3_text": "Gemma3ForCausalLM", "gemma4_text": "Gemma4ForCausalLM",
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "ministral3": "Ministral3ForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM",
+}  # fmt: skip
+_WHOLE = ("qwen2_vl", "qwen2_5_vl")  # whose older config.json says everything at the top, the text's settings too
 # Those that transformers loads as a text model whatever else their config.json describes.
 VISION_LEFT_OUT = ("qwen3_5", "qwen3_5_moe")
 # what a multimodal config.json says beside its text_config, and a text model's needs
 _CARRIED = ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype", "tie_word_embeddings")
+_NOT_TEXT = re.compile(r"(vision|audio|image|video|mm)_.*|auto_map|text_config")
 
 
 def text_part(config: Config) -> Config | None:
     """config.json of the text model inside of a multimodal one, or None for a model that is a text model anyway."""
     kind = str(config.get("model_type"))
-    inner = config.get("text_config")
-    if kind not in TEXT_PARTS or not isinstance(inner, dict):
+    if kind not in TEXT_PARTS:
         return None
-    name = str(inner.get("model_type") or TEXT_PARTS[kind])
+    inner = config.get("text_config")
+    if not isinstance(inner, dict):
+        if kind not in _WHOLE:
+            return None
+        inner = {key: value for key, value in config.items() if not _NOT_TEXT.fullmatch(key)} | {"model_type": None}
+    said = str(inner.get("model_type") or TEXT_PARTS[kind])
+    name = _TEXT_TYPES.get(said, said)
     carried = {key: config[key] for key in _CARRIED if config.get(key) is not None and inner.get(key) is None}
-    return {**inner, **carried, "model_type": name, "architectures": [_CLASSES.get(name, name)]}
+    return _of_one_axis({**inner, **carried, "model_type": name, "architectures": [_CLASSES.get(name, name)]})
+
+
+def _of_one_axis(config: Config) -> Config:
+    """Without the rotation by time, height and width (M-RoPE): in text the three are one, which is plain rotation."""
+    result = dict(config)
+    for key in ("rope_scaling", "rope_parameters"):
+        settings = result.get(key)
+        if isinstance(settings, dict) and "mrope_section" in settings:
+            left = {name: value for name, value in settings.items() if not name.startswith("mrope_")}
+            kinds = {name: "default" for name in ("rope_type", "type") if left.get(name) == "mrope"}
+            plain = key == "rope_scaling" and {**left, **kinds}.get("rope_type", "default") == "default"
+            result[key] = None if plain else {**left, **kinds}
+    return result
+
+
+# Settings that config.json has to say otherwise than before for the tensors to be right: see `settings`
+ANEW = {
+    "falcon_h1": (
+        "attention_in_multiplier", "attention_out_multiplier", "embedding_multiplier", "key_multiplier",
+        "lm_head_multiplier", "mlp_multipliers", "ssm_in_multiplier", "ssm_multipliers", "ssm_out_multiplier",
+    ),
+}  # fmt: skip
+# What a person should know of a layout
+NOTES = {
+    "ernie4_5_moe": "mlx-lm leaves out the bias with which the routers choose experts: written as zeros, so that "
+    "transformers chooses as mlx-lm does.",
+    "falcon_h1": "mlx-lm multiplies this model's factors into its weights, where they stay: config.json says 1 for "
+    "each of them.",
+}
+
+
+def settings(config: Config, arguments: Any) -> Config:
+    """The settings of `ANEW`. `arguments` is what mlx-lm read out of the configuration, with its own defaults."""
+    if config.get("model_type") not in ANEW:
+        return {}
+    factors: Config = dict.fromkeys(ANEW["falcon_h1"], 1.0)
+    if arguments.tie_word_embeddings:  # one table for both ends, and it was multiplied by the other end's factor
+        factors["lm_head_multiplier"] = arguments.lm_head_multiplier / arguments.embedding_multiplier
+    return {**factors, "mlp_multipliers": [1.0] * 2, "ssm_multipliers": [1.0] * 5}
 
 
 def rules(config: Config) -> tuple[Rule, ...]:

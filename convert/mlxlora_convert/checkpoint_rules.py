@@ -136,7 +136,7 @@ class Interleave:
 
 @dataclass(frozen=True, slots=True)
 class StackHalves:
-    """Gate and up projections of stacked experts, one after the other in one matrix for each expert."""
+    """Gate and up projections, one after the other in one matrix (for each expert, where they are stacked)."""
 
     gate: str
     up: str
@@ -145,7 +145,20 @@ class StackHalves:
     def apply(self, tensors: Tensors, config: Config) -> None:
         for gate, found in take(tensors, self.gate):
             up = tensors.pop(self.up.format(**found))
-            tensors[self.hf.format(**found)] = mx.concatenate([gate, up], axis=1)
+            tensors[self.hf.format(**found)] = mx.concatenate([gate, up], axis=-2)
+
+
+@dataclass(frozen=True, slots=True)
+class WithoutBias:
+    """A router whose checkpoint has a bias [1, experts] beside it, which mlx-lm leaves out: zeros do nothing."""
+
+    router: str
+    hf: str
+
+    def apply(self, tensors: Tensors, config: Config) -> None:
+        for name, router in list(tensors.items()):
+            if (found := fit(self.router, name)) is not None:
+                tensors[self.hf.format(**found)] = mx.zeros((1, router.shape[0]), dtype=mx.float32)
 
 
 @dataclass(frozen=True, slots=True)

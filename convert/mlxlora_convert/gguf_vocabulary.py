@@ -29,7 +29,12 @@ def vocabulary(hf: Any, size: int) -> Vocabulary:
     state = json.loads(backend.to_str())
     model = state["model"]
     if model.get("type") != "BPE":
-        raise UnsupportedError(f"A tokenizer of type {model.get('type')} cannot be written as GGUF; only BPE ones can.")
+        raise UnsupportedError(
+            f"The model's tokenizer is of type {model.get('type')}. As GGUF only BPE vocabularies are written: of "
+            "bytes, as Qwen's and Llama 3's, and sentencepiece's, as Mistral's and Gemma's. This one "
+            "llama.cpp would not cut into the tokens that the model knows. Other ways out: --to mlx, --to hf, or "
+            "--to lmstudio, which takes an MLX model."
+        )
     texts = {int(number): text for text, number in backend.get_vocab(with_added_tokens=True).items()}
     beyond = sorted(number for number in texts if number >= size)
     if beyond:

@@ -19,7 +19,15 @@ from mlxlora.adapters.layer import Wrapper
 from mlxlora.errors import ModelError, Problem, UnsupportedError
 from mlxlora.parameters import flat
 from mlxlora.quantize import dequantize
-from mlxlora_convert.checkpoint_layout import VISION_LEFT_OUT, rules, text_part, to_checkpoint
+from mlxlora_convert.checkpoint_layout import (
+    ANEW,
+    NOTES,
+    VISION_LEFT_OUT,
+    rules,
+    settings,
+    text_part,
+    to_checkpoint,
+)
 from mlxlora_convert.hf_options import HuggingFaceOptions
 from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.probe import NotReadBack, Probe, ReadBack
@@ -58,6 +66,8 @@ def write(job: ExportJob) -> list[str]:
         )
     elif stored["model_type"] in VISION_LEFT_OUT and "text_config" in stored:
         notes.append("mlx-lm keeps the language model alone: load this with AutoModelForCausalLM, it has no vision.")
+    elif stored["model_type"] in NOTES:
+        notes.append(NOTES[stored["model_type"]])
     return [*notes, *_check(job, path)]
 
 
@@ -80,7 +90,7 @@ def folded(job: ExportJob, path: Path, dtype: str | None = None) -> tuple[nn.Mod
         config = {**config, "dtype": dtype, "torch_dtype": dtype}
     inner = text_part(config)
     if inner is None:
-        return network, config
+        return network, {**config, **settings(config, getattr(network, "args", None))}
     text: nn.Module = network["language_model"]
     return text, {**inner, "vocab_size": int(text.model.embed_tokens.weight.shape[0])}
 
@@ -126,10 +136,11 @@ def _write_config(path: Path, stored: dict[str, Any], config: dict[str, Any], ou
         for key in ("dtype", "torch_dtype", "quantization", "quantization_config")
         if key in stored and config.get(key) != stored[key]
     }
+    changed |= {key: config[key] for key in ANEW.get(str(stored["model_type"]), ())}
     if not changed:
         (out / "config.json").write_bytes((path / "config.json").read_bytes())
         return
-    kept = {key: changed.get(key, value) for key, value in stored.items() if changed.get(key, value) is not None}
+    kept = {key: value for key, value in {**stored, **changed}.items() if value is not None or key not in changed}
     (out / "config.json").write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

@@ -114,6 +114,21 @@ def test_what_cannot_be_said_is_refused_with_the_reason(tmp_path: Path, name: st
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize("kind", ["Unigram", "WordLevel"])
+def test_another_kind_of_vocabulary_is_refused_with_other_ways_out(tmp_path: Path, kind: str) -> None:
+    directory = tiny.model_directory(tmp_path / "model", "llama")
+    state = json.loads((directory / "tokenizer.json").read_text())
+    vocab = state["model"]["vocab"]
+    pieces = [[text, -1.0] for text in sorted(vocab, key=vocab.__getitem__)]
+    unigram = {"type": "Unigram", "unk_id": 0, "vocab": pieces}
+    words = {"type": "WordLevel", "vocab": vocab, "unk_token": tiny.SPECIAL[0]}
+    state["model"] = unigram if kind == "Unigram" else words
+    (directory / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UnsupportedError, match=rf"of type {kind}.*only BPE .*--to hf"):
+        export_gguf(directory, tmp_path / "out.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def rewrite(directory: Path, change: Any) -> None:
     path = directory / "model.safetensors"
     tensors = tiny.tensors(path)

@@ -20,7 +20,8 @@ torch = pytest.importorskip("torch", reason="pip install torch transformers")
 TOKENS = [1, 70, 300, 5, 9, 41, 7, *range(20, 60)]
 FAMILIES = sorted(set(tiny.FAMILIES) & set(checkpoint_layout.FAMILIES))
 # mlx-lm takes the exact GELU for its tanh form, or rounds where transformers does not
-LOOSE = {"gemma": 5e-3, "gemma3_text": 2e-3, "starcoder2": 2e-3, "gpt_neox": 2e-3, "gpt_oss": 0.1}
+LOOSE = {"gemma": 5e-3, "gemma3_text": 2e-3, "starcoder2": 2e-3, "gpt_neox": 2e-3, "gpt_oss": 0.1,
+         "recurrent_gemma": 3e-3}  # fmt: skip
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 ROPES = [
     ("llama", {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -57,14 +58,55 @@ def test_there_and_back(tmp_path: Path, family: str) -> None:
         assert any("YaRN" in note for note in out.notes)
     else:
         assert out.check is not None and out.check.reader == "transformers"
-    assert np.abs(theirs(tmp_path / "hf") - expected).max() < 1e-6
+    assert np.abs(theirs(tmp_path / "hf") - expected).max() < (1e-5 if family == "falcon_h1" else 1e-6)
     before, after = weights.read(source), weights.read(tmp_path / "hf")
     if family == "gpt2":
         before = {name.removeprefix("transformer."): tensor for name, tensor in before.items()}
     assert before.keys() - {"lm_head.weight"} == after.keys() - {"lm_head.weight"}
+    if family == "falcon_h1":  # whose factors mlx-lm multiplies into the weights, where they stay
+        assert architecture.read_config(tmp_path / "hf")["embedding_multiplier"] == 1
+        return
     rounded = {name for name in after if family == "qwen3_next" and "norm" in name}  # mlx-lm adds one, which rounds
     assert all(mx.array_equal(before[name], after[name]) for name in after.keys() - rounded)
     assert all(mx.allclose(before[name], after[name], rtol=0, atol=2e-7) for name in rounded)
+
+
+def test_one_table_for_both_ends_keeps_both_factors(tmp_path: Path) -> None:
+    source = tiny.transformers_directory(tmp_path / "source", "falcon_h1", tie_word_embeddings=True)
+    convert(str(source), tmp_path / "mlx")
+    out = export(str(tmp_path / "mlx"), "hf", tmp_path / "hf")
+    assert out.check is not None and "config.json says 1" in " ".join(out.notes)
+    assert np.abs(theirs(tmp_path / "hf") - theirs(source)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "said"),
+    [
+        ("jamba", {"num_experts": 4}, "weighs this jamba model's chosen experts"),
+        ("falcon_h1", {"key_multiplier": 0.4}, "factors on this falcon_h1 model's keys"),
+        ("ernie4_5_moe", {}, "bias with which this model's routers"),
+    ],
+)
+def test_what_mlx_lm_computes_otherwise_is_said(
+    tmp_path: Path, family: str, changes: dict[str, Any], said: str
+) -> None:
+    source = tiny.transformers_directory(tmp_path / "source", family, **changes)
+    if family == "ernie4_5_moe":
+        state = weights.read(source)
+        for name in state:
+            if "moe_statics" in name:
+                state[name] = mx.array([[0.3, -0.3, 0.2, -0.2]])
+        mx.save_safetensors(str(source / "model.safetensors"), dict(state), metadata={"format": "pt"})
+    result = convert(str(source), tmp_path / "mlx")
+    assert said in " ".join(result.warnings)
+    assert np.abs(theirs(source) - ours(tmp_path / "mlx")).max() > 1e-2
+    out = export(str(tmp_path / "mlx"), "hf", tmp_path / "hf")
+    if family == "jamba":  # the same checkpoint, which transformers goes on to compute in its own way
+        assert said in " ".join(out.notes)
+        assert np.abs(theirs(tmp_path / "hf") - theirs(source)).max() < 1e-6
+    else:  # the model that mlx-lm made of it
+        assert out.check is not None
+        assert np.abs(theirs(tmp_path / "hf") - ours(tmp_path / "mlx")).max() < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -73,6 +115,13 @@ def test_there_and_back(tmp_path: Path, family: str) -> None:
         ("gemma3", "gemma3_text", {"hidden_size": 64}),
         ("mistral3", "mistral", {}),
         ("mistral3", "ministral3", {"tie_word_embeddings": True}),
+        ("llava", "mistral", {}),
+        ("pixtral", "mistral", {}),
+        ("qwen2_5_vl", "qwen2", {"rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 2]}}),
+        ("qwen3_vl", "qwen3", {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}),
+        ("qwen3_vl_moe", "qwen3_moe", {}),
+        ("kimi_vl", "deepseek_v3", {}),
+        ("kimi_k25", "deepseek_v3", {}),
     ],
 )
 @pytest.mark.parametrize("quantize", [None, {"bits": 8}])
@@ -85,6 +134,8 @@ def test_the_text_model_of_a_multimodal_one(
         inside = {name: tensor for name, tensor in inside.items() if "lm_head" not in name}
     mx.save_safetensors(str(source / "model.safetensors"), inside, metadata={"format": "mlx"})
     inner = architecture.read_config(source)
+    if outer.startswith("qwen"):
+        inner["model_type"] = f"{outer}_text"
     kept = ("quantization", "quantization_config", "eos_token_id", "torch_dtype")
     whole = {"model_type": outer, "text_config": inner, **{name: inner.pop(name) for name in kept if name in inner}}
     (source / "config.json").write_text(json.dumps(whole | {"vocab_size": tiny.VOCABULARY}))
