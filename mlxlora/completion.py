@@ -19,7 +19,7 @@ INSTALL: dict[str, str] = {
 
 
 class Flag(NamedTuple):
-    """One flag, and the values that it takes where they are few."""
+    """One flag, and the values that it takes where they are few; without a name, what follows the verb itself."""
 
     name: str
     choices: tuple[str, ...]
@@ -44,7 +44,7 @@ def completion(shell: Shell) -> Completion:
     """
     verbs = {name: flags_of(name) for name in VERBS}
     make = {"bash": bash, "zsh": zsh, "fish": fish}[shell]
-    return Completion(shell, f"# mlxlora completion for {shell}: {INSTALL[shell]}\n{make(verbs)}")
+    return Completion(shell, make(verbs, f"# mlxlora completion for {shell}: {INSTALL[shell]}"))
 
 
 def flags_of(name: str) -> list[Flag]:
@@ -60,7 +60,10 @@ def flags_of(name: str) -> list[Flag]:
     groups = {
         flag.name.partition(".")[0] for flag in flags if "." in flag.name
     }  # `--adapter` itself takes no one value
-    return [*(flag for flag in flags if flag.name not in groups), Flag("--traceback", ())]
+    bare = [
+        Flag("", choices_of(action)) for action in parser._actions if not action.option_strings and choices_of(action)
+    ]
+    return [*bare, *(flag for flag in flags if flag.name not in groups), Flag("--traceback", ())]
 
 
 def choices_of(action: Any) -> tuple[str, ...]:
@@ -94,12 +97,16 @@ def branches(verbs: dict[str, list[Flag]]) -> dict[str, list[str]]:
 def cases(verbs: dict[str, list[Flag]]) -> str:
     """The table of bash and zsh: `$verb` to `flags`, and `$verb $previous` to `values`."""
     lines = ['case "$verb" in']
-    lines += [f"  {shlex.quote(name)}) flags={words(flag.name for flag in flags)} ;;" for name, flags in verbs.items()]
+    lines += [
+        f"  {shlex.quote(name)}) flags={words(flag.name for flag in flags if flag.name)} ;;"
+        for name, flags in verbs.items()
+    ]
     lines += ["esac", 'case "$verb $previous" in']
     for name, flags in verbs.items():
         for flag in flags:
             if flag.choices:
-                lines.append(f"  {shlex.quote(f'{name} {flag.name}')}) values={words(flag.choices)} ;;")
+                before = flag.name or name.split()[-1]
+                lines.append(f"  {shlex.quote(f'{name} {before}')}) values={words(flag.choices)} ;;")
     return "\n".join(f"  {line}" for line in [*lines, "esac"])
 
 
@@ -114,9 +121,10 @@ def seconds(verbs: dict[str, list[Flag]]) -> str:
     return "\n".join(['  case "$verb" in', *lines, "  esac"])
 
 
-def bash(verbs: dict[str, list[Flag]]) -> str:
+def bash(verbs: dict[str, list[Flag]], about: str) -> str:
     """Works in the bash 3.2 of macOS: no associative arrays."""
-    return f"""_mlxlora() {{
+    return f"""{about}
+_mlxlora() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}"
   local verb="${{COMP_WORDS[1]}}" flags="" values="" second=""
   COMPREPLY=()
@@ -145,9 +153,11 @@ complete -o filenames -F _mlxlora mlxlora
 """
 
 
-def zsh(verbs: dict[str, list[Flag]]) -> str:
-    """As `compdef` wants it; `${=…}` splits a string into words."""
-    return f"""_mlxlora() {{
+def zsh(verbs: dict[str, list[Flag]], about: str) -> str:
+    """For `eval`, and as a file in `fpath`, whose first line says what it is for; `${=…}` splits a string."""
+    return f"""#compdef mlxlora
+{about}
+_mlxlora() {{
   local verb="${{words[2]}}" previous="${{words[CURRENT-1]}}" flags="" values="" second=""
   if (( CURRENT == 2 )); then
     compadd -- {" ".join(map(shlex.quote, first_words(verbs)))}
@@ -170,21 +180,39 @@ def zsh(verbs: dict[str, list[Flag]]) -> str:
     _files
   fi
 }}
-compdef _mlxlora mlxlora
+if [ "${{funcstack[1]}}" = _mlxlora ]; then
+  _mlxlora "$@"  # read from a file at the first Tab: that file was this function until now
+else
+  compdef _mlxlora mlxlora
+fi
 """
 
 
-def fish(verbs: dict[str, list[Flag]]) -> str:
-    """One `complete` for each verb and flag."""
-    alone = "__fish_use_subcommand"
-    lines = ["complete -c mlxlora -e"]
-    lines += [f"complete -c mlxlora -n {alone} -f -a {shlex.quote(first)}" for first in first_words(verbs)]
+def fish(verbs: dict[str, list[Flag]], about: str) -> str:
+    """One `complete` for each verb and flag, where the line begins with the words of that verb."""
+    lines = [
+        about,
+        "function __mlxlora_begins -a words -d 'whether the line begins so; with a second word, with nothing more'",
+        "  set -l typed (commandline -opc)[2..-1]",
+        "  set -l wanted (string split -n ' ' -- $words)",
+        "  set -l many (count $wanted)",
+        '  test -z "$argv[2]"; or test (count $typed) -eq $many; or return 1',
+        '  test $many -eq 0; or test "$typed[1..$many]" = "$wanted"',
+        "end",
+        "complete -c mlxlora -e",
+    ]
+    lines += [
+        f"complete -c mlxlora -n \"__mlxlora_begins '' alone\" -f -a {shlex.quote(first)}"
+        for first in first_words(verbs)
+    ]
     for first, names in branches(verbs).items():
-        unseen = f"__fish_seen_subcommand_from {first}; and not __fish_seen_subcommand_from {' '.join(names)}"
-        lines.append(f"complete -c mlxlora -n {shlex.quote(unseen)} -f -a {words(names)}")
+        lines.append(f"complete -c mlxlora -n '__mlxlora_begins {first} alone' -f -a {words(names)}")
     for name, flags in verbs.items():
-        seen = "; and ".join(f"__fish_seen_subcommand_from {word}" for word in name.split())
+        here = f'"__mlxlora_begins {shlex.quote(name)}'
         for flag in flags:
             values = f" -x -a {words(flag.choices)}" if flag.choices else ""
-            lines.append(f"complete -c mlxlora -n {shlex.quote(seen)} -l {flag.name[2:]}{values}")
+            if flag.name:
+                lines.append(f'complete -c mlxlora -n {here}" -l {flag.name[2:]}{values}')
+            else:
+                lines.append(f'complete -c mlxlora -n {here} alone" -f -a {words(flag.choices)}')
     return "\n".join(lines) + "\n"

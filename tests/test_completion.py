@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,49 @@ def test_bash_offers_verbs_flags_and_values(script: Path) -> None:
     assert offered(script, "data", "convert", "--ou") == ["--out"]
     assert offered(script, "train", "--optimizer.learning") == ["--optimizer.learning_rate"]
     assert offered(script, "train", "--optimizer.name", "a") == ["adamw", "adam", "adafactor"]
-    assert offered(script, "completion", "") != [] and "--for" in offered(script, "plan", "--f")
+    assert offered(script, "completion", "") == ["bash", "zsh", "fish"] and "--for" in offered(script, "plan", "--f")
+
+
+def offered_by_zsh(script: Path, *words: str) -> list[str]:
+    """What zsh would offer: its builtin, which wants a terminal, is replaced by one that prints."""
+    line = " ".join(f"'{word}'" for word in ("mlxlora", *words))
+    ask = f"""compdef() {{}}; compadd() {{ shift; print -l -- "$@"; }}; _files() {{ print FILES; }}
+        source {script}; words=({line}); CURRENT={len(words) + 1}; _mlxlora"""
+    done = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return done.stdout.split()
+
+
+def offered_by_fish(script: Path, *words: str) -> list[str]:
+    ask = f"source {script}; complete -C 'mlxlora {' '.join(words)}'"
+    done = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True)
+    assert not done.stderr
+    return [line.split("\t")[0] for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize(("shell", "offered"), [("zsh", offered_by_zsh), ("fish", offered_by_fish)])
+def test_zsh_and_fish_offer_the_same(shell: str, offered: Callable[..., list[str]], tmp_path: Path) -> None:
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    script = tmp_path / f"mlxlora.{shell}"
+    script.write_text(str(completion(shell)))  # type: ignore[arg-type]
+    assert set(offered(script, "")) == {name.split()[0] for name in VERBS}
+    assert set(offered(script, "data", "")) == {"check", "convert"}
+    assert "--optimizer.learning_rate" in offered(script, "train", "--")
+    assert set(offered(script, "train", "--optimizer.schedule", "")) >= {"cosine", "linear"}
+    assert set(offered(script, "completion", "")) >= {"bash", "zsh", "fish"}
+    of_data = set(offered(script, "data", "convert", "--"))
+    assert "--columns" in of_data and "--quantize.bits" not in of_data  # `convert` is a verb, too
+    assert "--quantize.bits" in offered(script, "convert", "--")
+
+
+def test_zsh_takes_it_from_its_search_path(tmp_path: Path) -> None:
+    if shutil.which("zsh") is None:
+        pytest.skip("no zsh here")
+    (tmp_path / "_mlxlora").write_text(str(completion("zsh")))
+    ask = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D; print ${{_comps[mlxlora]}}"
+    done = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "_mlxlora"
 
 
 def test_files_where_nothing_else_is_known(script: Path, tmp_path: Path) -> None:
