@@ -1,7 +1,9 @@
-"""How near the peak that `train` foretells comes to the peak that the run then measures.
+"""How near the peak and the duration that `train` foretells come to those that the run then measures.
 
     python benchmarks/plan_accuracy.py measure CELLS.jsonl [--families llama,qwen3] [--lengths 256,1024] [--kinds lora]
     python benchmarks/plan_accuracy.py table CELLS.jsonl
+    python benchmarks/plan_accuracy.py measure TIMES.jsonl --steps 20 …     longer runs, for their durations
+    python benchmarks/plan_accuracy.py durations TIMES.jsonl
 
 Models have random weights and realistic proportions (hidden 128, 6 blocks, a vocabulary of 8,192), so that everything
 fits a small machine: memory does not depend on what numbers there are. Each cell is a whole run of `finetune` in its
@@ -87,8 +89,8 @@ def model(place: Path, family: str, bits: int | None) -> None:
     (place / "config.json").write_text(json.dumps(settings))
 
 
-def cell(family: str, kind: str, grade: Any, length: int) -> dict[str, Any]:
-    """One run: what was foretold and what was measured."""
+def cell(family: str, kind: str, grade: Any, length: int, steps: int) -> dict[str, Any]:
+    """One run: what was foretold and what was measured. steps: 0 for as few as show the peak."""
     sys.path.insert(0, str(ROOT))
     from mlxlora.adapters import AdapterConfig
     from mlxlora.data import SamplesConfig
@@ -109,7 +111,7 @@ def cell(family: str, kind: str, grade: Any, length: int) -> dict[str, Any]:
             str(place / "model"), [str(place / "rows.jsonl")], place / "run",
             samples=SamplesConfig(max_length=length, validation_split=0.34 if held_out else 0.0, cache=place / "cache"),
             adapter=AdapterConfig(type=adapter, rank=16),
-            training=TrainingConfig(steps=3 if rows > 1 else 2 if adapter == "full" or length <= 1024 else 1,
+            training=TrainingConfig(steps=steps or (3 if rows > 1 else 2 if adapter == "full" or length <= 1024 else 1),
                                     batch_size=rows, checkpoint_blocks=grade),
             on_event=seen.append,
         )  # fmt: skip
@@ -117,7 +119,7 @@ def cell(family: str, kind: str, grade: Any, length: int) -> dict[str, Any]:
     finished = next(event for event in seen if isinstance(event, Finished))
     return {
         "family": family, "kind": kind, "grade": grade, "length": length, "foretold": started.predicted_peak,
-        "measured": finished.peak_memory,
+        "measured": finished.peak_memory, "foretold_seconds": started.predicted_seconds, "seconds": finished.elapsed,
     }  # fmt: skip
 
 
@@ -130,7 +132,7 @@ def measure(results: Path, wanted: argparse.Namespace) -> None:
                 for grade in wanted.grades.split(","):
                     if (family, kind, grade, length) in known:
                         continue
-                    words = [sys.executable, __file__, "cell", family, kind, grade, str(length)]
+                    words = [sys.executable, __file__, "cell", family, kind, grade, str(length), str(wanted.steps)]
                     done = subprocess.run(words, capture_output=True, text=True, cwd=ROOT, check=False)
                     if done.returncode:
                         print(f"{family} {kind} {grade} {length}: {done.stderr.strip()[-300:]}", file=sys.stderr)
@@ -175,20 +177,39 @@ def table(results: Path) -> None:
     )
 
 
+def durations(results: Path) -> None:
+    """Print the durations and their summary."""
+    cells = [one for one in read(results) if one.get("seconds")]
+    print("| family | learns | keeps | tokens | foretold | measured | ratio |")
+    print("|---|---|---|---:|---:|---:|---:|")
+    for one in cells:
+        told, took = one["foretold_seconds"], one["seconds"]
+        what = f"{one['family']} | {one['kind']} | {one['grade']} | {one['length']:,}"
+        print(f"| {what} | {told:.1f} s | {took:.1f} s | {told / took:.2f} |")
+    ratios = [one["foretold_seconds"] / one["seconds"] for one in cells]
+    print(
+        f"\nForetold over measured duration of {len(ratios)} runs: median {statistics.median(ratios):.2f}, "
+        f"from {min(ratios):.2f} to {max(ratios):.2f}."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["measure", "table", "cell"])
+    parser.add_argument("what", choices=["measure", "table", "durations", "cell"])
     parser.add_argument("words", nargs="+")
     parser.add_argument("--families", default=",".join(FAMILIES))
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)))
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--grades", default=",".join(GRADES))
+    parser.add_argument("--steps", type=int, default=0, help="of each run; by default as few as show its peak")
     wanted = parser.parse_args()
     if wanted.what == "cell":
-        family, kind, grade, length = wanted.words
-        print(json.dumps(cell(family, kind, grade, int(length))))
+        family, kind, grade, length, steps = wanted.words
+        print(json.dumps(cell(family, kind, grade, int(length), int(steps))))
     elif wanted.what == "measure":
         measure(Path(wanted.words[0]), wanted)
+    elif wanted.what == "durations":
+        durations(Path(wanted.words[0]))
     else:
         table(Path(wanted.words[0]))
 

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlxlora.adapters.files import parse_spec
 from mlxlora.commands import command
 from mlxlora.data import Batch, BatchConfig, Dataset, SamplesConfig, collate, plan_epoch
 from mlxlora.data import load as load_data
@@ -76,8 +77,8 @@ class Comparison:
                     f"   {interval:<22}{found.verdict}"
                 )
         for row in self.samples:
-            lines += ["", f"  {row.origin}: {shortened(row.prompt)}", f"    expected {shortened(row.expected)}"]
-            lines += [f"    {name:<8} {shortened(answer)}" for name, answer in row.answers.items()]
+            lines += ["", f"  {row.origin}: {shortened(row.prompt)}", f"    expected  {shortened(row.expected)}"]
+            lines += [f"    {name:<9} {shortened(answer)}" for name, answer in row.answers.items()]
         if self.harness:
             lines += ["", "general abilities (lm-evaluation-harness):"]
         for name, found in self.harness.items():
@@ -89,10 +90,14 @@ class Comparison:
         return "\n".join(lines)
 
     def next(self) -> str:
-        """The command that comes next: fuse what is better, look closer at what is not."""
-        if self.verdict.startswith("better"):
-            return command("fuse", model=self.model, adapter=self.adapter, out="DIR")
-        return command("report", *(one.partition("=")[0] for one in self.adapter))
+        """The command that comes next: fuse what is better, as strong as it was best; look closer at what is not."""
+        given = [parse_spec(one) for one in self.adapter]
+        if not self.verdict.startswith("better"):
+            return command("report", *(path for path, _ in given))
+        factor = float(self.best.removeprefix("scale ")) if self.best != "tuned" else 1.0
+        scales = [(path, scale * factor) for path, scale in given]
+        adapters = [str(path) if scale == 1 else f"{path}={scale:g}" for path, scale in scales]
+        return command("fuse", model=self.model, adapter=adapters, out="DIR")
 
 
 def compare(
@@ -181,7 +186,10 @@ def check(scales: list[float] | None, max_rows: int, out: Path | None) -> list[f
         raise ConfigError(f"max_rows is {max_rows}, but must be 2 or more: one row says nothing of chance.")
     factors = list(dict.fromkeys(scales or [1.0]))
     if any(not 0 < abs(factor) <= 100 for factor in factors):
-        raise ConfigError(f"scales are {factors}, but must be numbers other than 0, at most 100.")
+        raise ConfigError(
+            f"scales are {factors}, but must be numbers up to 100, and not 0: that is the base, which stands beside "
+            "all of them anyway."
+        )
     if out is not None:
         refuse_existing(out)
     return factors

@@ -161,7 +161,8 @@ def _save(dialogue: Dialogue, rest: str) -> str:
     if not rest:
         raise ConfigError("Write /save FILE, such as /save good.jsonl.")
     count = dialogue.save(Path(rest))
-    return f"saved to {rest} ({count} rows); train on it: {command('train', data=rest)}"
+    rows = "1 row" if count == 1 else f"{count} rows"
+    return f"saved to {rest} ({rows}); train on it: {command('train', model=dialogue.model.path, data=rest, out='RUN')}"
 
 
 def _system(dialogue: Dialogue, rest: str) -> str:

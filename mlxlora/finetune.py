@@ -206,7 +206,8 @@ def session(
             validation=held_out, store=run, adapter_writer=write, state=state, control=control or Control(), pace=pace,
             sampler=None if splits.valid is None else Answers(model, splits.valid),
             foretold=Foretold(
-                predicted_peak=choice.forecast.peak, memory_limit=limit, predicted_seconds=expected.seconds,
+                predicted_peak=choice.forecast.peak, memory_limit=limit,
+                predicted_seconds=expected.seconds / (pace.duty if pace else 1.0),
                 predicted_tokens_per_second=expected.tokens_per_second, chosen=described(choice.forecast),
                 why=choice.why(),
             ),

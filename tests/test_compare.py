@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,9 @@ def test_the_best_of_several_scales_is_named(place: Path) -> None:
     )
     assert found.rows == 8 and found.best == "scale 1" and found.verdict == "better by loss; best with scale 1"
     assert found.differences["scale -1"]["loss"].verdict != "better"
+    assert "--adapter" in found.next() and "=" not in found.next()
+    half = replace(found, best="scale 0.5", adapter=["style=0.5", "facts=2"])
+    assert half.next().startswith("mlxlora fuse ") and "--adapter style=0.25 facts --out" in half.next()
 
 
 def test_wrong_wishes_are_refused(place: Path, tmp_path: Path) -> None:

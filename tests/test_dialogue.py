@@ -60,8 +60,9 @@ def test_saved_conversations_are_training_rows(dialogue: Dialogue, tmp_path: Pat
         dialogue.command(f"/save {path}")
     for _ in range(2):
         list(dialogue.say("two three"))
-        dialogue.command(f"/save {path}")
+        told = dialogue.command(f"/save {path}")
         dialogue.command("/reset")
+    assert "(2 rows)" in told and f"mlxlora train --model {dialogue.model.path} --data {path} --out RUN" in told
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 2 and [m["role"] for m in rows[0]["messages"]] == ["user", "assistant"]
     assert len(load_data(path, dialogue.model.tokenizer, SamplesConfig(validation_split=0.0)).train) == 2

@@ -76,7 +76,7 @@ class FinetuneResult:
         if one is None:
             return []
         told = {"asked": one.prompt, "before": one.before, "after": one.after or "", "in the data": one.expected}
-        return [f"  {name:<12}{shortened(text) or '(nothing)'}" for name, text in told.items()]
+        return [f"  {name:<13}{shortened(text) or '(nothing)'}" for name, text in told.items()]
 
 
 class Watch:

@@ -130,6 +130,8 @@ class Trainer:
             if self.counters.owes_validation:
                 yield from self.validate()
             reason = self.stop_reason()  # killed between its last save and its end
+        if self.pace is not None:
+            self.pace.begin()
         while reason is None and self.step < self.optimizer.steps:
             if self.asked_to_stop():  # during the validation before the first step, or the one that was owed
                 reason = "stopped"

@@ -69,8 +69,12 @@ class Pace:
     clock: Callable[[], float] = time.monotonic
 
     def __post_init__(self) -> None:
-        self._worked_since = self.clock()
         self._looked = -LOOK_EVERY
+        self.begin()
+
+    def begin(self) -> None:
+        """Work begins now: what came before is no reason to rest."""
+        self._worked_since = self.clock()
 
     def rest(self, stopping: Callable[[], bool]) -> Iterator[str]:
         """Called between two steps: pause for the duty cycle, and as long as battery or heat ask for it.

@@ -37,6 +37,16 @@ def test_the_duty_cycle_is_kept(duty: float) -> None:
     assert clock.now == pytest.approx(20 / duty)
 
 
+def test_what_came_before_the_first_step_is_no_reason_to_rest() -> None:
+    clock = Clock()
+    pace = Pace(0.5, None, clock.sleep, clock)
+    clock.now += 300  # reading the model, trying small steps, validating
+    pace.begin()
+    clock.now += 2
+    list(pace.rest(lambda: False))
+    assert clock.now == pytest.approx(304)
+
+
 def test_battery_and_heat_pause_and_it_goes_on_by_itself() -> None:
     clock = Clock()
     pace = Pace(1.0, Fake(clock, battery_until=100, hot_until=150), clock.sleep, clock)
