@@ -11,6 +11,7 @@ from mlxlora.dialogue import Dialogue
 from mlxlora.errors import MlxLoraError
 from mlxlora.generate import SamplingConfig
 from mlxlora.model import load
+from mlxlora.terminal import visible
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +99,16 @@ def converse(dialogue: Dialogue, lines: Iterable[str], out: TextIO, err: TextIO)
             told = dialogue.command(line)
             if line.split()[0] == "/exit":
                 return
-            print(told, file=out)
+            print(visible(told) if out.isatty() else told, file=out)
         except MlxLoraError as error:  # a command gone wrong is no reason to lose the conversation
-            print(f"error: {error}", file=err)
+            print(f"error: {visible(str(error))}", file=err)
 
 
 def _answer(dialogue: Dialogue, line: str, out: TextIO, err: TextIO) -> None:
     answer = dialogue.say(line)
     try:
         for piece in answer:
-            print(piece, end="", file=out, flush=True)
+            print(visible(piece) if out.isatty() else piece, end="", file=out, flush=True)
         print(file=out)
     except KeyboardInterrupt:
         print("\n(stopped)", file=err)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from mlxlora.errors import ConfigError, Interrupted, MlxLoraError, nearest
 from mlxlora.files import plain, refusal_of
+from mlxlora.terminal import visible, visible_result
 from mlxlora.version import __version__
 
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MlxLoraError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -83,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         refusal = refusal_of(error)
-        print(f"error: {refusal}", file=sys.stderr)
+        print(f"error: {visible(str(refusal))}", file=sys.stderr)
         return refusal.exit_code
 
 
@@ -176,7 +177,7 @@ def execute(function: Callable[..., Any], arguments: dict[str, Any], as_json: bo
     if as_json:
         print(json.dumps(plain(result), ensure_ascii=False, indent=2))
     elif result is not None:
-        print(result)
+        print(visible_result(str(result)) if sys.stdout.isatty() else result)  # elsewhere, byte for byte
     if control is not None and control.signum is not None and getattr(result, "reason", "stopped") == "stopped":
         return 128 + control.signum
     return 0

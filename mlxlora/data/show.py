@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from mlxlora.data.sample import Sample
+from mlxlora.terminal import CONTROL, OFF, PARTLY, TRAINED, visible
 from mlxlora.tokenizer import Tokenizer
 
 
@@ -68,23 +69,20 @@ def _said(tokenizer: Tokenizer, ids: Sequence[int], begin: int, end: int) -> str
     return whole[len(known) :] if whole.startswith(known) else tokenizer.decode(ids[begin:end])
 
 
-TRAINED, PARTLY, CONTROL, OFF = "\x1b[30;42m", "\x1b[30;43m", "\x1b[35m", "\x1b[0m"
-
-
 def for_terminal(sample: Shown, *, colour: bool) -> str:
     """Trained text on green (weights other than 1 on yellow), control tokens in purple; without colours in ⟦ ⟧."""
     parts = []
     on = False
     for piece in sample.pieces:
-        learned = piece.weight > 0
+        learned, text = piece.weight > 0, visible(piece.text)
         if not colour:
-            parts += ["⟦"] * (learned and not on) + ["⟧"] * (on and not learned) + [piece.text]
+            parts += ["⟦"] * (learned and not on) + ["⟧"] * (on and not learned) + [text]
         elif learned:
             paint = TRAINED if piece.weight == 1 else PARTLY
             # line breaks outside of the colour, or the terminal paints the rest of the line
-            parts.append(f"{paint}{piece.text.replace(chr(10), f'⏎{OFF}{chr(10)}{paint}')}{OFF}")
+            parts.append(f"{paint}{text.replace(chr(10), f'⏎{OFF}{chr(10)}{paint}')}{OFF}")
         else:
-            parts.append(f"{CONTROL}{piece.text}{OFF}" if piece.control else piece.text)
+            parts.append(f"{CONTROL}{text}{OFF}" if piece.control else text)
         on = learned
     if on and not colour:
         parts.append("⟧")

@@ -12,6 +12,7 @@ from mlxlora.files import human_bytes
 from mlxlora.reporting.clock import clock
 from mlxlora.reporting.foretold import foretold
 from mlxlora.reporting.said import shortened
+from mlxlora.terminal import visible
 
 if TYPE_CHECKING:
     from rich.console import Console as Terminal
@@ -95,6 +96,7 @@ class Console:
         return self.bars
 
     def say(self, line: str) -> None:
+        line = visible(line)
         if self.live:
             self.screen().print(line, highlight=False, markup=False, soft_wrap=True)
         else:

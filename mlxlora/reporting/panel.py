@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mlxlora.files import human_bytes
 from mlxlora.reporting.clock import clock
+from mlxlora.terminal import visible
 from mlxlora.training import events
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ class Panel:
                 self.saved = event.step
             case events.Samples():
                 if event.answers:
-                    self.answer = " ".join(event.answers[0].split())
+                    self.answer = visible(" ".join(event.answers[0].split()))
             case events.Finished():
                 self.state = event.reason
             case _:

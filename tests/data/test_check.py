@@ -16,8 +16,9 @@ from mlxlora import flags
 from mlxlora.cli import main
 from mlxlora.data.check import DataCheck, check
 from mlxlora.data.config import SamplesConfig
-from mlxlora.data.show import OFF, PARTLY, Piece, Shown, for_terminal
+from mlxlora.data.show import Piece, Shown, for_terminal
 from mlxlora.finetune import finetune
+from mlxlora.terminal import OFF, PARTLY
 from tests import tiny
 
 Write = Callable[..., Path]
