@@ -15,6 +15,7 @@ from mlxlora.files.manifest import MANIFEST, file_records, wrong_files
 from mlxlora.files.places import refusal_of, refuse_no_directory, refuse_no_page, refuse_unmakeable
 from mlxlora.files.plain import plain
 from mlxlora.files.publish import (
+    SCRATCH,
     new_directory,
     new_file,
     refuse_existing,
@@ -31,6 +32,7 @@ from mlxlora.files.tensors import check_safetensors, load_safetensors, save_safe
 
 __all__ = [
     "MANIFEST",
+    "SCRATCH",
     "check_safetensors",
     "extract_zip",
     "file_records",

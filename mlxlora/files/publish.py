@@ -164,6 +164,9 @@ def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) ->
         if not path.name.startswith(prefix) or SCRATCH not in path.name:
             continue
         try:
+            if path.is_symlink():  # not ours: what it leads to stays
+                path.unlink()
+                continue
             if time.time() - path.stat().st_mtime < abandoned or not _ownerless(path):
                 continue
             target = path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0])

@@ -87,6 +87,9 @@ def read_checkpoint(directory: Path, owner: str) -> TrainingState:
     if problems:
         raise FormatError.of(f"{directory} is damaged:", problems)
     progress = _read(directory / "state.json")
+    wrong = [name for name in ("step", "epoch", "position") if not _is_count(progress.get(name))]
+    if wrong or not isinstance(progress.get("counters"), dict):
+        raise FormatError(f"{directory} is damaged: state.json: {', '.join(wrong) or 'counters'} cannot be right.")
     state = TrainingState(
         step=progress["step"],
         epoch=progress["epoch"],
@@ -101,6 +104,10 @@ def read_checkpoint(directory: Path, owner: str) -> TrainingState:
         )
     mx.eval(state.adapter, state.optimizer)  # nothing may refer to the files once pruning can remove them
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 53
 
 
 def _read(path: Path) -> dict[str, Any]:

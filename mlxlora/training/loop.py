@@ -21,6 +21,7 @@ from mlx.utils import tree_unflatten
 
 from mlxlora.adapters.inject import count_weights
 from mlxlora.engine.scores import Objective
+from mlxlora.errors import RunError
 from mlxlora.parameters import Flat, flat, number
 from mlxlora.training.bounds import LossWatch, reached, refuse_nonfinite
 from mlxlora.training.checkpoint import TrainingState
@@ -97,12 +98,20 @@ class Trainer:
         self.reported = time.monotonic()
 
     def restore(self, state: TrainingState) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. Raises RunError where it is not of these weights: it replaces no others."""
+        own = self.parameters
+        wrong = sorted(own.keys() ^ state.adapter.keys()) or [
+            name
+            for name, array in own.items()
+            if (array.shape, array.dtype) != (state.adapter[name].shape, state.adapter[name].dtype)
+        ]
+        if wrong:
+            raise RunError(f"the checkpoint's weights are not those that this run trains: {', '.join(wrong[:5])}.")
         self.step, self.epoch, self.position = state.step, state.epoch, state.position
         self.network.update(tree_unflatten(list(state.adapter.items())))
         self.parameters = flat(self.network.trainable_parameters())
         self.optimizer.restore(state.optimizer)
-        self.counters = Counters(**state.counters)
+        self.counters = Counters.of(state.counters)
         self.saved_at = state.step
 
     @property

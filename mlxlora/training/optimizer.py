@@ -187,9 +187,11 @@ class Optimizer:
         return flat(self.state)
 
     def restore(self, saved: Flat) -> None:
-        """Put the moments and counters of a checkpoint back. Raises ConfigError where names or shapes differ."""
+        """Put the moments and counters of a checkpoint back. Raises ConfigError where names, shapes or types differ."""
         own = self.flat_state()
-        wrong = sorted(set(own) ^ set(saved)) or [name for name in own if own[name].shape != saved[name].shape]
+        wrong = sorted(set(own) ^ set(saved)) or [
+            name for name in own if (own[name].shape, own[name].dtype) != (saved[name].shape, saved[name].dtype)
+        ]
         if wrong:
             raise ConfigError(f"the optimizer's saved state does not fit: {', '.join(wrong[:5])}.")
         self.state = tree_map_with_path(lambda path, _: saved[path], self.state)

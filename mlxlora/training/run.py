@@ -23,12 +23,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mlxlora.errors import DiskFullError, FormatError, InputError, Problem, RunError, TrainingError
+from mlxlora.errors import DiskFullError, FormatError, Problem, RunError, TrainingError
 from mlxlora.files import (
     human_bytes,
     new_directory,
-    read_json,
-    refuse_unmakeable,
     remove_directory,
     require_space,
     sweep_scratch,
@@ -39,12 +37,19 @@ from mlxlora.files import (
 from mlxlora.parameters import bytes_of
 from mlxlora.training.checkpoint import TrainingState, read_checkpoint, write_checkpoint
 from mlxlora.training.lock import RunLock
+from mlxlora.training.stored import (
+    OURS,
+    read_stored,
+    refuse_changed,
+    refuse_file,
+    refuse_finished,
+    refuse_foreign,
+    refuse_links,
+)
 
 AdapterWriter = Callable[[Path], None]
 STEP = re.compile(r"step-(\d{7,})")
-OURS = ("checkpoints", "best", "adapter", "metrics.jsonl", "report.html", "config.yaml")  # what --overwrite clears
 HEADERS = 1_000_000  # bytes; what a save takes beside its tensors, generously
-SHOWN_VALUE = 60  # characters of a changed value that a message shows
 
 
 class RunDirectory:
@@ -73,15 +78,16 @@ class RunDirectory:
         For the very start of a command; writes nothing and holds nothing.
         """
         path = Path(path)
-        _refuse_no_directory(path)
+        refuse_file(path)
         if not path.is_dir():
             return
         RunLock.refuse_held(path)
-        stored = _read_stored(path)
+        refuse_links(path)
+        stored = read_stored(path)
         if stored is None:
-            _refuse_foreign(path)
+            refuse_foreign(path)
         elif not overwrite:
-            _refuse_finished(path, stored)
+            refuse_finished(path, stored)
 
     @classmethod
     def open(
@@ -98,17 +104,18 @@ class RunDirectory:
         """
         path = Path(path)
         identity = json.loads(json.dumps(identity))
-        _refuse_no_directory(path)
+        refuse_file(path)
         lock = RunLock.take(path)
         try:
-            stored = _read_stored(path)
+            refuse_links(path)
+            stored = read_stored(path)
             run = cls(path, lock, identity, None if overwrite else stored)
             run._overwrites = overwrite and stored is not None
             if stored is None:
-                _refuse_foreign(path)
+                refuse_foreign(path)
             elif not overwrite:
-                _refuse_finished(path, stored)
-                _refuse_changed(path, stored["identity"], identity, accept)
+                refuse_finished(path, stored)
+                refuse_changed(path, stored["identity"], identity, accept)
                 run = cls(path, lock, stored["identity"], stored)
             return run
         except BaseException:
@@ -230,7 +237,8 @@ class RunDirectory:
         for line in content.splitlines(keepends=True):
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
-                if line.endswith(b"\n") and isinstance(event, dict) and event.get("step", 0) <= step:
+                reached = event.get("step", 0) if isinstance(event, dict) else None
+                if line.endswith(b"\n") and isinstance(reached, int) and reached <= step:
                     kept.append(line)
         if b"".join(kept) != content:
             write_whole(self.metrics_path, b"".join(kept))
@@ -278,57 +286,3 @@ class RunDirectory:
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run finished: it is not trained on or overwritten by accident from now on."""
         self._write_record(finished=True, summary=summary)
-
-
-def _refuse_no_directory(path: Path) -> None:
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise RunError(f"{path} is not a directory. Choose another --out.")
-    refuse_unmakeable(path)
-
-
-def _read_stored(path: Path) -> dict[str, Any] | None:
-    if not (path / "run.json").exists():
-        return None
-    try:
-        stored = read_json(path / "run.json")
-    except InputError as error:
-        raise RunError(f"{error} Restore it, or choose another --out.") from None
-    if not isinstance(stored, dict) or stored.get("format") != 1 or not isinstance(stored.get("identity"), dict):
-        raise RunError(f"{path}/run.json is not what this version of mlxlora writes. Choose another --out.")
-    return stored
-
-
-def _refuse_foreign(path: Path) -> None:
-    """A directory with something in it, and no run.json, is not ours to write into, not even with --overwrite."""
-    strange = sorted(p.name for p in path.iterdir() if p.name not in (".lock", ".DS_Store") and ".tmp-" not in p.name)
-    if strange:
-        raise RunError(
-            f"{path} exists and is no run directory: it has no run.json, but {', '.join(strange[:5])}."
-            " Choose another --out, or remove it first."
-        )
-
-
-def _refuse_finished(path: Path, stored: dict[str, Any]) -> None:
-    if stored.get("finished"):
-        raise RunError(f"{path} holds a finished run. Choose another --out, or add --overwrite to train it anew.")
-
-
-def _refuse_changed(path: Path, old: dict[str, Any], new: dict[str, Any], accept: Collection[str]) -> None:
-    changed = [
-        Problem(name, f"was {_short(old.get(name))}, is now {_short(new.get(name))}")
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name) and name not in accept
-    ]
-    if changed:
-        raise RunError.of(
-            f"{path} holds an unfinished run that was begun with other settings. Set them back to let it go on, choose"
-            " another --out, or begin anew with --overwrite.",
-            changed,
-        )
-
-
-def _short(value: Any) -> str:
-    if value is None:
-        return "(not set)"
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= SHOWN_VALUE else text[: SHOWN_VALUE - 1] + "…"
