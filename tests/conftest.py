@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -12,6 +13,15 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 if "MLXLORA_CACHE" not in os.environ:
     os.environ["MLXLORA_CACHE"] = tempfile.mkdtemp(prefix="mlxlora-cache-")
     atexit.register(shutil.rmtree, os.environ["MLXLORA_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def short_answers():
+    """Every run looks at a few answers before and after; models that were never trained would ramble in all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        if answers := sys.modules.get("mlxlora.answers"):
+            patch.setattr(answers, "TOKENS", 6)
+        yield
 
 
 @pytest.fixture

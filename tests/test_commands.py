@@ -23,8 +23,8 @@ def test_what_needs_no_quotes_has_none() -> None:
 
 
 def test_a_result_with_odd_paths(tmp_path: Path) -> None:
-    said = str(ReportResult(tmp_path / "report.html", [Path(ODD)])).rpartition("next: ")[2]
-    assert shlex.split(said)[:6] == ["mlxlora", "compare", "--model", "MODEL", "--adapter", ODD]
+    said = str(ReportResult(tmp_path / "report.html", [Path(ODD)], ODD)).rpartition("next: ")[2]
+    assert shlex.split(said)[:6] == ["mlxlora", "compare", "--model", ODD, "--adapter", ODD]
 
 
 def test_no_result_puts_one_together_by_hand() -> None:

@@ -24,9 +24,11 @@ class ReportResult:
 
     report: Path
     runs: list[Path]
+    model: str
+    """what the first of them began with"""
 
     def __str__(self) -> str:
-        heldout = command("compare", model="MODEL", adapter=self.runs[0], data="HELDOUT")
+        heldout = command("compare", model=self.model, adapter=self.runs[0], data="HELDOUT")
         return f"wrote {self.report}. Open it in a browser.\n\nnext: {heldout}"
 
 
@@ -63,7 +65,7 @@ def report(runs: list[Path], *, out: Path | None = None) -> ReportResult:
     found = [read_run(Path(path)) for path in runs]
     place = out or (found[0].path / "report.html" if len(found) == 1 else Path("report.html"))
     write_whole(place, page(found))
-    return ReportResult(place, [run.path for run in found])
+    return ReportResult(place, [run.path for run in found], str(found[0].config.get("model", "MODEL")))
 
 
 def read_run(path: Path) -> Run:
