@@ -78,7 +78,7 @@ class UploadResult:
 
     def __str__(self) -> str:
         seen = "private" if self.private else "public"
-        lines = [f"{self.url or f'{self.repo} (not sent: dry run)'} ({seen})"]
+        lines = [f"{self.url} ({seen})" if self.url else f"{self.repo} ({seen}), not sent: dry run"]
         lines += [f"  {one.name}  {files.human_bytes(one.bytes)}" for one in self.files]
         if self.left_out:
             lines.append(f"not sent: {', '.join(self.left_out)}")
@@ -130,9 +130,9 @@ def upload(
         staged = _stage(directory, chosen, text, Path(scratch))
         _refuse_traces(staged)
         sent = tuple(Sent(name, path.stat().st_size) for name, path in staged.items())
-        _announce(repo, private, sent, left_out, on_event)
         if dry_run:
             return UploadResult(repo, "", private, sent, tuple(left_out), text, "")
+        _announce(repo, private, sent, left_out, on_event)
         url, commit = _send(repo, staged, private=private, endpoint=endpoint)
     return UploadResult(repo, url, private, sent, tuple(left_out), text, commit)
 

@@ -247,7 +247,8 @@ def test_refusals(hub: Hub, run: Path, tmp_path: Path, capsys: pytest.CaptureFix
         upload(run, "someone/tuned", endpoint=hub.address)
     assert main(["upload", str(run), "--repo", "someone/tuned", "--dry_run", "--endpoint", hub.address]) == 0
     said = capsys.readouterr()
-    assert "not sent: dry run" in said.out and "sending to someone/tuned (private)" in said.err
+    assert "someone/tuned (private), not sent: dry run" in said.out and "adapters.safetensors" in said.out
+    assert "sending" not in said.err
 
 
 def test_a_card_of_ones_own(hub: Hub, run: Path, tmp_path: Path) -> None:
