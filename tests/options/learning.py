@@ -172,7 +172,7 @@ ROWS: list[Row] = [
         "train",
         "training.patience",
         "1",
-        "reason+steps+reported+saved+rates+weights+validated",
+        "reason+steps+reported+saved+rates+weights+validated+answers",
         training__validate_every="1",
         samples__validation_split="0.25",
         optimizer__learning_rate="1e-9",
