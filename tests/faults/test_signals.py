@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from tests import tiny
 from tests.faults import session
 from tests.faults.test_kill import whole
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONG = {"training.steps": 100_000, "training.save_every": 10_000, "training.batch_size": 2}
 
 
@@ -31,8 +34,10 @@ def newest(out: Path) -> int:
     return max((int(path.name[5:]) for path in (out / "checkpoints").glob("step-*")), default=-1)
 
 
-def interrupt(place: Path, out: Path, numbers: list[signal.Signals], after: int, options: dict[str, Any]) -> int:
-    """Send signals once `after` steps are reported. Returns the exit code."""
+def interrupt(
+    place: Path, out: Path, numbers: list[signal.Signals], after: int, options: dict[str, Any], pause: float = 0.005
+) -> int:
+    """Send signals once `after` steps are reported, `pause` seconds between two. Returns the exit code."""
     process = session.begin(
         session.command, session.flags(place / "model", place / "data.jsonl", out, options), out.with_suffix(".said")
     )
@@ -44,7 +49,7 @@ def interrupt(place: Path, out: Path, numbers: list[signal.Signals], after: int,
     for number in numbers:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
-        time.sleep(0.005)
+        time.sleep(pause)
     process.join(timeout=60)
     code = process.exitcode
     assert code is not None, out.with_suffix(".said").read_text()
@@ -52,13 +57,8 @@ def interrupt(place: Path, out: Path, numbers: list[signal.Signals], after: int,
     return code
 
 
-long = pytest.mark.faults
-
-
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=long), pytest.param(signal.SIGHUP, marks=long)]
-)
-def test_a_signal_saves_and_says_so(place: Path, number: signal.Signals) -> None:
+def saves_and_says_so(place: Path, number: signal.Signals) -> Path:
+    """Interrupt a run; returns its directory."""
     out = place / number.name
     code = interrupt(place, out, [number], after=3, options=LONG)
     said = out.with_suffix(".said").read_text()
@@ -66,8 +66,18 @@ def test_a_signal_saves_and_says_so(place: Path, number: signal.Signals) -> None
     assert newest(out) == session.steps(out) >= 3, "the checkpoint is that of the last step that was reported"
     assert "stopped and saved; the same command goes on from here" in said and "Traceback" not in said
     whole(out)
-    if number == signal.SIGTERM:  # the short form; going on is what test_kill.py looks at
-        return
+    return out
+
+
+def test_a_signal_saves_and_says_so(place: Path) -> None:
+    out = saves_and_says_so(place, signal.SIGTERM)  # going on is what test_kill.py looks at
+    shutil.rmtree(out)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_saves_and_the_run_goes_on(place: Path, number: signal.Signals) -> None:
+    out = saves_and_says_so(place, number)
     before = session.steps(out)
     assert interrupt(place, out, [number], after=before + 2, options=LONG) == 128 + number
     assert newest(out) == session.steps(out) >= before + 2
@@ -80,6 +90,23 @@ def test_a_second_one_stops_at_once_without_damage(place: Path) -> None:
     whole(out)
     assert newest(out) >= 2
     assert "Traceback" not in out.with_suffix(".said").read_text()
+
+
+@pytest.mark.faults
+def test_second_ones_at_many_moments(place: Path) -> None:
+    """Two signals of any kinds, from 0 to 60 ms apart, into a run that saves every other step."""
+    chosen, options = random.Random(3), LONG | {"training.save_every": 2}
+    out, codes = place / "many", []
+    for number in range(24):
+        numbers = [chosen.choice(SIGNALS), chosen.choice(SIGNALS)]
+        before = session.steps(out)
+        code = interrupt(place, out, numbers, before + 3, options, pause=chosen.uniform(0, 0.06))
+        said = out.with_suffix(".said").read_text()
+        assert code in {128 + n for n in numbers} and "Traceback" not in said, (number, numbers, code, said)
+        whole(out)
+        assert newest(out) >= before + 2 - before % 2
+        codes.append("saved" if "stopped and saved" in said else "at once")
+    print(f"{len(codes)} pairs of signals: {codes.count('at once')} stopped at once, every published directory whole")
 
 
 def test_one_before_the_first_step_leaves_nothing(place: Path) -> None:
