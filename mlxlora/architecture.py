@@ -9,6 +9,7 @@ whatever the configuration says.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,17 @@ def check_supported_files(directory: Path, config: Config, *, trust_remote_code:
         raise ModelError(f"{directory}/config.json: model_file {wanted!r} is no Python file in the model directory.")
     logging.getLogger("mlxlora").warning("running the model's own code: %s", path)
     return path
+
+
+def refuse_links_out(directory: Path, names: Iterable[str]) -> None:
+    """Raise ModelError for files that are links out of the directory: what is copied or sent would be somebody's."""
+    problems = [
+        Problem(name, f"is a link to {(Path(directory) / name).resolve()}", "Put the file itself in its place")
+        for name in names
+        if not lies_inside(directory, name)
+    ]
+    if problems:
+        raise ModelError.of(f"{directory} holds links to files outside of it, which are not passed on:", problems)
 
 
 def lies_inside(directory: Path, name: str) -> bool:

@@ -201,13 +201,15 @@ def write_directory(
 
 
 def copy_files(source: Path, directory: Path, patterns: Sequence[str]) -> list[str]:
-    """Copy the files of `source` that match, byte for byte; those already there are kept. Returns the names copied."""
-    copied = []
-    for pattern in patterns:
-        for path in sorted(Path(source).glob(pattern)):
-            target = directory / path.relative_to(source)
-            if path.is_file() and not target.exists():
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
-                copied.append(str(path.relative_to(source)))
-    return copied
+    """Copy the files of `source` that match, byte for byte; those already there are kept. Returns the names copied.
+
+    Raises ModelError for links out of `source`.
+    """
+    found = {path for pattern in patterns for path in Path(source).glob(pattern) if path.is_file()}
+    names = [str(path.relative_to(source)) for path in sorted(found)]
+    wanted = [name for name in names if not (directory / name).exists()]
+    architecture.refuse_links_out(source, wanted)
+    for name in wanted:
+        (directory / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(source) / name, directory / name)
+    return wanted

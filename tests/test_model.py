@@ -213,3 +213,27 @@ def test_rope_by_kind_of_layer() -> None:
 def test_silently_wrong_settings_are_known(family: str, changes: dict[str, object], word: str) -> None:
     assert word in architecture.silently_wrong(tiny.config(family, **changes))[0]
     assert not architecture.silently_wrong(tiny.config("llama"))
+
+
+@pytest.mark.parametrize("name", ["LICENSE", "tokenizer.json", "additional_chat_templates/tool.jinja"])
+def test_links_out_of_a_model_are_not_copied(name: str, tmp_path: Path) -> None:
+    """A model that somebody made may hold a link to a file of ours: what is written of it may be sent to others."""
+    source, target = tiny.model_directory(tmp_path / "model"), tmp_path / "copy"
+    target.mkdir()
+    (tmp_path / "key").write_text("secret")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).unlink(missing_ok=True)
+    (source / name).symlink_to(tmp_path / "key")
+    with pytest.raises(ModelError, match=rf"{name}: is a link to .*key"):
+        model.copy_files(source, target, (*model.TOKENIZER_FILES, *model.CARRIED))
+    assert not list(target.iterdir())
+
+
+def test_links_of_the_hubs_cache_are_copied(tmp_path: Path) -> None:
+    snapshot, target = tmp_path / "models--a--b" / "snapshots" / "c", tmp_path / "copy"
+    for folder in (snapshot, tmp_path / "models--a--b" / "blobs", target):
+        folder.mkdir(parents=True)
+    (tmp_path / "models--a--b" / "blobs" / "d").write_text("free")
+    (snapshot / "LICENSE").symlink_to("../../blobs/d")
+    assert model.copy_files(snapshot, target, model.CARRIED) == ["LICENSE"]
+    assert (target / "LICENSE").read_text() == "free" and not (target / "LICENSE").is_symlink()

@@ -19,6 +19,7 @@ from typing import Any
 
 from mlxlora import files
 from mlxlora.adapters import files as adapters
+from mlxlora.architecture import refuse_links_out
 from mlxlora.errors import ConfigError, InputError, MlxLoraError, Problem
 from mlxlora.training.events import Event, Notice
 from mlxlora_convert.model_card import Run, Subject, card
@@ -124,6 +125,8 @@ def upload(
     alone = source.is_file()  # what lies beside a file that is named is nobody's business
     kind = "gguf" if alone else _kind(directory)
     chosen, left_out = ([source.name], []) if alone else _chosen(directory, kind)
+    if not alone:
+        refuse_links_out(directory, chosen)
     run = Run.read(source if source.is_dir() else source.parent)
     text = _card(directory, run, Subject(repo, kind, base, license), card_file)
     with tempfile.TemporaryDirectory(prefix="mlxlora-upload-") as scratch:

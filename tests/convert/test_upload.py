@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -187,6 +188,15 @@ def test_only_files_of_the_list_go(hub: Hub, run: Path, tmp_path: Path) -> None:
     result = upload(folder, "someone/tuned", endpoint=hub.address)
     assert result.left_out == (".env", "data/", "notes.txt", "optimizer.safetensors")
     assert not hub.committed.keys() & {".env", "notes.txt", "optimizer.safetensors"}
+
+
+def test_links_out_of_the_directory_are_not_sent(hub: Hub, run: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(run / "adapter", tmp_path / "adapter"))
+    (tmp_path / "key").write_text("secret")
+    (folder / "LICENSE").symlink_to(tmp_path / "key")
+    with pytest.raises(InputError, match=r"LICENSE: is a link to .*key"):
+        upload(folder, "someone/tuned", endpoint=hub.address)
+    assert not hub.committed
 
 
 def test_a_file_that_is_named_goes_alone(hub: Hub, run: Path, tmp_path: Path) -> None:
