@@ -88,7 +88,8 @@ class Forecast:
     weights, adapter, moments: what lies in memory between two steps; weights with all else that lies there now
     step, update, validation:  what comes on top, one after the other
     by_loss: what of the step is the loss alone, where it decides; else 0
-    seconds: of one step, all of its micro-batches
+    seconds: of one step, all of its micro-batches, without the update
+    update_seconds: of the update that ends it
     validation_seconds: of the largest batch to validate on
     unpadded: whether the engine leaves out padding, where that is worth it
     """
@@ -107,6 +108,7 @@ class Forecast:
     seconds: float
     validation_seconds: float
     unpadded: bool
+    update_seconds: float = 0.0
 
     @property
     def computed(self) -> int:
@@ -136,7 +138,7 @@ class Forecaster:
         mx.eval(engine.network.parameters(), optimizer.state)
         self.adapter, self.moments = bytes_of(learned), bytes_of(optimizer.state)
         self.weights = max(mx.get_active_memory() - self.adapter - self.moments, 0) + kept_aside(engine.network)
-        self.update = update_bytes(optimizer.config, learned)
+        self.update, self.update_seconds = update_needs(optimizer.config, learned)
         self._known: dict[Any, Account] = {}
 
     @property
@@ -164,6 +166,7 @@ class Forecaster:
             seconds=step.seconds * accumulate,
             validation_seconds=validating.seconds,
             unpadded=self.engine.leaves_out_padding,
+            update_seconds=self.update_seconds,
         )
 
     def step(self, shape: Shape, *, gradients: bool = True) -> Account:
@@ -222,6 +225,7 @@ def outlook(feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, v
     epoch = computed_of(feed.plan(0), feed.dataset, forecast.unpadded)
     share = steps * forecast.accumulate / max(len(epoch), 1)
     seconds = int(epoch.sum()) * share * forecast.seconds / (forecast.computed * forecast.accumulate)
+    seconds += steps * forecast.update_seconds
     speed = tokens * share / max(seconds, 1e-9)
     if held_out is not None:
         batches = computed_of(held_out.plan(0), held_out.dataset, forecast.unpadded)
@@ -303,14 +307,14 @@ def above(work: Callable[[], Any]) -> tuple[int, float]:
     return max(mx.get_peak_memory() - before, 0), seconds
 
 
-def update_bytes(config: OptimizerConfig, parameters: Flat) -> int:
-    """What an update needs beside parameters and moments, the gradient included.
+def update_needs(config: OptimizerConfig, parameters: Flat) -> tuple[int, float]:
+    """(bytes, seconds): what an update needs beside parameters and moments, the gradient included, and its time.
 
     Measured on as many arrays, all smaller by one factor: how many are under way at a time is a matter of their number.
     """
     size = bytes_of(parameters)
     if not size:
-        return 0
+        return 0, 0.0
     factor = -(-size // SAMPLE)
     own = {
         name: mx.zeros((-(-value.shape[0] // factor), *value.shape[1:]) if value.ndim else (), value.dtype)
@@ -328,8 +332,9 @@ def update_bytes(config: OptimizerConfig, parameters: Flat) -> int:
         del gradients
         return own, optimizer.state, norm, finite
 
-    most = max(above(update)[0] for _ in range(2))
-    return round(most * size / bytes_of(own))
+    found = [above(update) for _ in range(2)]  # the first one compiles
+    scale = size / bytes_of(own)
+    return round(max(most for most, _ in found) * scale), found[-1][1] * scale
 
 
 # ---- a step that is one graph --------------------------------------------------------------------------------------

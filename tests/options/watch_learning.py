@@ -92,11 +92,11 @@ def plan(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPat
     """The plan, over forecasts that are sums instead of probes."""
     asked: list[Any] = []
     optimizers: list[Any] = []
-    update_bytes = sys.modules["mlxlora.training.forecast"].update_bytes
+    update_needs = sys.modules["mlxlora.training.forecast"].update_needs
 
-    def updating(config: Any, parameters: Any) -> int:
+    def updating(config: Any, parameters: Any) -> Any:
         optimizers.append(config)
-        return int(update_bytes(config, parameters))
+        return update_needs(config, parameters)
 
     def forecast(self: Forecaster, shape: Any, accumulate: int = 1, validation: Any = None) -> Forecast:
         weights = flat(self.engine.network.trainable_parameters())
@@ -108,7 +108,7 @@ def plan(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPat
         )  # fmt: skip
 
     patch.setattr(Forecaster, "forecast", forecast)
-    patch.setattr(sys.modules["mlxlora.training.forecast"], "update_bytes", updating)
+    patch.setattr(sys.modules["mlxlora.training.forecast"], "update_needs", updating)
     found = function(**arguments)
     asked.append(optimizers)
     return {

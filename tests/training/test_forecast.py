@@ -13,6 +13,7 @@ import pytest
 
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data import BatchConfig, SamplesConfig, load
+from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.engine.account import Account
 from mlxlora.engine.packing import end_to_end
@@ -23,7 +24,7 @@ from mlxlora.tokenizer import Tokenizer
 from mlxlora.training import forecast as forecasting
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Event, Finished, Started
-from mlxlora.training.forecast import Forecaster, Shape, ladder, largest, only_last, synthetic
+from mlxlora.training.forecast import Forecast, Forecaster, Shape, ladder, largest, only_last, outlook, synthetic
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 from tests import tiny
 
@@ -206,7 +207,20 @@ def test_an_optimizer_is_gone_when_nobody_holds_it() -> None:
 
 def test_the_update_is_told_by_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = {f"{number}": mx.zeros((200, 500)) for number in range(40)}
-    whole = forecasting.update_bytes(OptimizerConfig(), parameters)
+    whole, seconds = forecasting.update_needs(OptimizerConfig(), parameters)
+    assert seconds > 0
     monkeypatch.setattr(forecasting, "SAMPLE", 4_000_000)
-    assert forecasting.update_bytes(OptimizerConfig(), parameters) == pytest.approx(whole, rel=0.15)
-    assert forecasting.update_bytes(OptimizerConfig(), {}) == 0
+    assert forecasting.update_needs(OptimizerConfig(), parameters)[0] == pytest.approx(whole, rel=0.25)
+    assert forecasting.update_needs(OptimizerConfig(), {}) == (0, 0.0)
+
+
+def test_every_update_of_a_run_takes_its_time(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"text": "{"dog " * size}"}}\n' for size in (20, 30, 40, 50)))
+    tokenizer = Tokenizer.load(tiny.tokenizer(tmp_path))
+    feed = Feed(load(tmp_path / "rows.jsonl", tokenizer, SamplesConfig(validation_split=0)).train, BatchConfig(), 0)
+    shape = Shape(4, int(feed.dataset.lengths.max()), 1.0)
+    quick = Forecast("none", 0, 1, shape, 0, 0, 0, 0, 0, 0, 0, seconds=2.0, validation_seconds=0.0, unpadded=False)
+    without = outlook(feed, None, quick, steps=10, validations=0)
+    slow = outlook(feed, None, replace(quick, update_seconds=0.5), steps=10, validations=0)
+    assert without.seconds > 1 and slow.seconds == pytest.approx(without.seconds + 5.0)
+    assert slow.tokens == without.tokens and slow.tokens_per_second < without.tokens_per_second
