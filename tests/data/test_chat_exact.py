@@ -72,9 +72,9 @@ THINKING = [
 FIELDS = [
     [
         user("Hi"),
-        assistant("Hello.", reasoning_content="why"),
+        assistant("Hello.", reasoning_content="why", thinking="why"),  # templates read the one or the other
         user("And?"),
-        assistant("Bye.", reasoning_content="because"),
+        assistant("Bye.", reasoning_content="because", thinking="because"),
     ],
 ]
 CALLS = [
