@@ -59,11 +59,33 @@ _LARGEST = {
 }  # fmt: skip
 
 
+# what a network computes with, and finds to be no number only when it is used
+_REAL = (
+    "rope_theta", "rotary_emb_base", "partial_rotary_factor", "rotary_pct", "rms_norm_eps", "layer_norm_eps",
+    "layer_norm_epsilon", "norm_eps", "norm_epsilon", "max_position_embeddings", "sliding_window",
+    "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "logit_scale", "logits_scaling",
+    "embedding_multiplier", "residual_multiplier", "attention_multiplier", "routed_scaling_factor",
+)  # fmt: skip
+_LONGEST = 10_000  # entries of a list: one for each block, at most
+
+
 def _numbers_beyond_measure(config: Config) -> list[Problem]:
     parts = [("", config)]
     if isinstance(config.get("text_config"), dict):
         parts.append(("text_config.", config["text_config"]))
-    return [
+    strange = [
+        Problem(f"{where}{name}", f"must be a number, not {str(part[name])[:40]!r}")
+        for where, part in parts
+        for name in _REAL
+        if part.get(name) is not None and type(part[name]) not in (int, float)
+    ]
+    strange += [
+        Problem(f"{where}{name}", f"has {len(value):,} entries, more than any model has blocks")
+        for where, part in parts
+        for name, value in part.items()
+        if isinstance(value, list) and len(value) > _LONGEST
+    ]
+    return strange + [
         Problem(f"{where}{name}", f"must be a whole number from 0 to {largest:,}, not {str(part[name])[:40]}")
         for where, part in parts
         for names, largest in _LARGEST.items()

@@ -237,3 +237,24 @@ def test_links_of_the_hubs_cache_are_copied(tmp_path: Path) -> None:
     (snapshot / "LICENSE").symlink_to("../../blobs/d")
     assert model.copy_files(snapshot, target, model.CARRIED) == ["LICENSE"]
     assert (target / "LICENSE").read_text() == "free" and not (target / "LICENSE").is_symlink()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("rope_theta", "x", "must be a number, not 'x'"),
+        ("rms_norm_eps", [1e-6], "must be a number"),
+        ("max_position_embeddings", True, "must be a number"),
+        ("layer_types", ["full_attention"] * 100_000, "100,000 entries"),
+    ],
+)
+@pytest.mark.parametrize("inner", [False, True])
+def test_settings_that_would_fail_late_are_refused(
+    name: str, value: object, said: str, inner: bool, tmp_path: Path
+) -> None:
+    directory = tiny.model_directory(tmp_path / "m", "llama")
+    config = json.loads((directory / "config.json").read_text())
+    config |= {"text_config": {name: value}} if inner else {name: value}
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"{name}: .*{said}"):
+        architecture.read_config(directory)
