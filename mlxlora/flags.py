@@ -17,7 +17,7 @@ import docstring_parser  # what jsonargparse reads docstrings with, too
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from mlxlora.errors import ConfigError, nearest
+from mlxlora.errors import ConfigError, MlxLoraError, nearest
 from mlxlora.files import read_yaml
 
 SUPPLIED = ("control",)  # parameters that the command line fills in by itself, beside every `on_…`
@@ -157,6 +157,18 @@ def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
         return dict(vars(parser.instantiate(given)))
     except ArgumentError as error:
         raise ConfigError(explain(str(error), known)) from None
+    except ValueError as error:  # jsonargparse's own, around what the dataclass of a group said of its values
+        raise own_words(error) from None
+
+
+def own_words(error: Exception) -> Exception:
+    """Our own error among the causes of another one; that one itself where there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MlxLoraError):
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return error
 
 
 def check_config_files(words: list[str], groups: set[str]) -> None:

@@ -95,7 +95,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         raise ModelError(
             f"{at}: no such directory here, and the hub cannot be reached (no network, or offline mode)."
         ) from None
-    except (http_error, OSError) as error:
+    except (http_error, OSError, RuntimeError, ValueError) as error:  # the last two: from Xet's client
         raise ModelError(
             f"{at} could not be fetched: {_first_line(error)}. Run the same command again: it goes on where it stopped."
         ) from None

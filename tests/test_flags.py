@@ -51,6 +51,11 @@ def test_every_option_of_a_kind_says_which_kind(verb: str, capsys: pytest.Captur
         (f"{TRAIN} --samples file.yaml", "--samples is a group of options. Give them one by one (--samples.max_length"),
         (f"{TRAIN} --adapter", "--adapter is a group of options."),
         ("export --model m --to gguf --out o.gguf --gguf q8_0", "--gguf is a group of options."),
+        (
+            "export --model m --to ollama --out o --ollama.date yesterday",
+            "must be a date such as 2026-01-31, not 'yest",
+        ),
+        ('export --model m --to ollama --out o --ollama.system a"""b', "must not contain"),
         (f"{TRAIN} --report_to nosuch", "There are: tensorboard, wandb, swanlab, trackio."),
         (f"{TRAIN} --training.seed 99999999999999999999", "must be from 0 to below 2**63"),
         (f"{TRAIN} --config", "--config needs a value."),

@@ -22,6 +22,7 @@ from mlxlora.adapters import files as adapters
 from mlxlora.architecture import refuse_links_out
 from mlxlora.errors import ConfigError, InputError, MlxLoraError, Problem
 from mlxlora.training.events import Event, Notice
+from mlxlora.version import __version__
 from mlxlora_convert.model_card import Run, Subject, card
 from mlxlora_convert.ours import HUB_ID
 
@@ -251,7 +252,7 @@ def _send(repo: str, staged: dict[str, Path], *, private: bool, endpoint: str | 
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
     from huggingface_hub.utils.tqdm import disable_progress_bars, enable_progress_bars
 
-    api = HfApi(endpoint=endpoint, library_name="mlxlora")
+    api = HfApi(endpoint=endpoint, library_name="mlxlora", library_version=__version__)
     disable_progress_bars()
     try:
         api.create_repo(repo, private=private, exist_ok=True)

@@ -182,7 +182,9 @@ def find(path: str | Path) -> Path:
         if (path / name / CONFIG).is_file():
             return path / name
     if not path.exists():
-        raise AdapterError(f"There is no adapter at {path}.")
+        raise AdapterError(
+            f"There is no adapter at {path}. Name a run, or a directory that holds adapters.safetensors."
+        )
     if (path / "adapter_model.safetensors").is_file():
         raise AdapterError(f"{path} is an adapter of Hugging Face PEFT. Make it ours first: {command('import', path)}")
     raise AdapterError(

@@ -29,7 +29,8 @@ def wrong_files(directory: Path, records: Any, names: Sequence[str]) -> list[Pro
         elif not path.is_file():
             problems.append(Problem(name, "is missing"))
         elif (size := path.stat().st_size) != record.get("bytes"):
-            problems.append(Problem(name, f"expected {record.get('bytes')} bytes, found {size}"))
+            found = f"expected {record.get('bytes')} bytes, found {size}"
+            problems.append(Problem(name, found, "It was cut off or replaced: copy the directory again, whole"))
         elif sha256(path) != record.get("sha256"):
             problems.append(Problem(name, "its bytes are not those that were written (SHA-256 differs)"))
     return problems
