@@ -12,29 +12,35 @@ class Said:
     """One prompt.
 
     expected:     what the data says
-    before:       the answer at the first look
-    after, step:  the answer at the last look, and when that was; None where there was only one
+    before:       the answer before the first step; None where nobody looked then
+    after, step:  the answer at the last look since, and when that was; None where there was none
     """
 
     prompt: str
     expected: str
-    before: str
+    before: str | None
     after: str | None
     step: int | None
 
 
 def said(events: Sequence[dict[str, Any]]) -> list[Said]:
-    """The first and the last look of a run, by prompt."""
-    looks = [event for event in events if event["event"] == "samples"]
+    """What a run's model said before its first step and at its last look, by prompt."""
+    looks = [event for event in events if event["event"] == "samples" and event["prompts"]]
     if not looks:
         return []
-    first, last = looks[0], looks[-1]
-    expected = first.get("expected") or [""] * len(first["prompts"])
-    later = dict(zip(last["prompts"], last["answers"], strict=False)) if len(looks) > 1 else {}
+    first = answers_of(looks[0]) if looks[0]["step"] == 0 else {}
+    last = answers_of(looks[-1]) if looks[-1]["step"] > 0 else {}
+    prompts = looks[-1]["prompts"]
+    expected = looks[-1].get("expected") or [""] * len(prompts)
     return [
-        Said(prompt, wanted, answer, later.get(prompt), last["step"] if prompt in later else None)
-        for prompt, wanted, answer in zip(first["prompts"], expected, first["answers"], strict=False)
+        Said(prompt, wanted, first.get(prompt), last.get(prompt), looks[-1]["step"] if last else None)
+        for prompt, wanted in zip(prompts, expected, strict=False)
     ]
+
+
+def answers_of(look: dict[str, Any]) -> dict[str, str]:
+    """Answers by prompt."""
+    return dict(zip(look["prompts"], look["answers"], strict=False))
 
 
 def shortened(text: str, width: int = 100) -> str:

@@ -72,10 +72,10 @@ class FinetuneResult:
 
     def example(self) -> list[str]:
         """One prompt and its answers; the report has them all."""
-        one = next((one for one in self.said if one.after is not None), None)
+        one = next((one for one in self.said if one.before is not None and one.after is not None), None)
         if one is None:
             return []
-        told = {"asked": one.prompt, "before": one.before, "after": one.after or "", "in the data": one.expected}
+        told = {"asked": one.prompt, "before": one.before or "", "after": one.after or "", "in the data": one.expected}
         return [f"  {name:<13}{shortened(text) or '(nothing)'}" for name, text in told.items()]
 
 

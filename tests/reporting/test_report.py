@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxlora.errors import InputError
 from mlxlora.reporting.report import report
+from mlxlora.reporting.said import Said, said
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>'
 
@@ -100,3 +102,13 @@ def test_it_draws_in_a_browser_without_errors_or_network(tmp_path: Path, width: 
     assert 'data-drawn="6"' in done.stdout and done.stdout.count("<canvas") == 6
     assert "<title>run" in done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
+
+
+def test_what_was_said_before_and_after_is_told_apart() -> None:
+    def look(step: int, answer: str) -> dict[str, Any]:
+        return {"event": "samples", "step": step, "prompts": ["Who?"], "answers": [answer], "expected": ["I."]}
+
+    assert said([]) == [] and said([{"event": "step", "step": 1}]) == []
+    assert said([look(0, "a")]) == [Said("Who?", "I.", "a", None, None)]  # stopped before its end
+    assert said([look(0, "a"), look(5, "b"), look(9, "c")]) == [Said("Who?", "I.", "a", "c", 9)]
+    assert said([look(9, "c")]) == [Said("Who?", "I.", None, "c", 9)]  # nobody looked when it began
