@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -55,12 +58,24 @@ def _measure_torch(contestant: Any) -> Timing:
     return Timing(time.perf_counter() - wall, time.process_time() - cpu, peak() - before, trained)
 
 
+@contextmanager
+def _usual_malloc() -> Iterator[None]:
+    """Processes that start meanwhile give memory back as libc has it, so that what a process grows by is what it
+    needs."""
+    settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MALLOC_")}
+    try:
+        yield
+    finally:
+        os.environ.update(settings)
+
+
 class _Entrant:
     def __init__(self, name: str, scenario: Scenario, dtype: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, name, scenario, dtype), daemon=True)
-        self.process.start()
+        with _usual_malloc() if name == PEFT else nullcontext():
+            self.process.start()
         theirs.close()
 
     def take(self) -> Any:

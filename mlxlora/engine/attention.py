@@ -15,11 +15,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import accumulate, pairwise
 from typing import Any
 
 import mlx.core as mx
 
-from mlxlora.engine.device import on_cpu, power, settle, unit
+from mlxlora.engine.device import aside, on_cpu, settle
+from mlxlora.engine.exponential import exponential
 
 Result = tuple[mx.array, mx.array]
 SCORES_AT_A_TIME = 1 << 22  # numbers in one chunk of scores: 16 MiB in float32
@@ -84,7 +87,7 @@ def attend(
 
     @attention.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        return _backward(_Call(primals, segments, scale, pattern), cotangents[0], *outputs)
+        return aside(_backward, _Call(primals, segments, scale, pattern), cotangents[0], *outputs)
 
     both: Any = attention(queries, keys, values, *([] if sinks is None else [sinks]))
     out: mx.array = both[0].astype(narrow)
@@ -101,7 +104,8 @@ class _Call:
         self.group = self.heads // self.key_heads
         self.scale, self.pattern, self.segments = scale, pattern, segments
         self.dtype = queries.dtype
-        self.queries, self.keys, self.values = queries, keys, values
+        self.queries, self.keys, self.values = queries, keys, mx.contiguous(values)
+        self.scaled_keys = mx.contiguous(keys * scale)
         self.sinks = sinks[0] if sinks else None
         firsts = pattern.firsts
         reach = self.length if firsts is None else max(at + 1 - first for at, first in enumerate(firsts))
@@ -155,15 +159,25 @@ class _Call:
         rows, heads, length, width = folded.shape
         return folded.reshape(rows, heads * self.group, length // self.group, width)
 
-    def allowed(self, first: int, start: int, end: int) -> mx.array:
-        """Which of the keys [first, end) the queries [start, end) may see: bool, broadcasts with [B, 1, C, N]."""
-        query, key = mx.arange(start, end)[:, None], mx.arange(first, end)[None]
+    def parts(self, chunk: tuple[int, int, int]) -> list[tuple[int, int, bool]]:
+        """The keys of a chunk in ranges, in order: (first, end, whether some of them are hidden from some queries)."""
+        first, start, end = chunk
+        free = first if self.pattern.window is None else max(first, end - self.pattern.window)
+        known = self.segments is None or self._one_document(start, end)
+        if not known or start - free < end - start:
+            return [(first, end, True)]
+        edge = [(first, free, True)] if first < free else []
+        return [*edge, (free, start, False), (start, end, True)]
+
+    def allowed(self, first: int, last: int, start: int, end: int) -> mx.array:
+        """Which of the keys [first, last) the queries [start, end) may see: bool, broadcasts with [B, 1, C, N]."""
+        query, key = mx.arange(start, end)[:, None], mx.arange(first, last)[None]
         seen = query >= key
         window = self.pattern.window
         if window is not None and end - first > window:
             seen = seen & (query < key + window)
         if self.segments is not None and not self._one_document(start, end):
-            same = self.segments[:, None, start:end, None] == self.segments[:, None, None, first:end]
+            same = self.segments[:, None, start:end, None] == self.segments[:, None, None, first:last]
             seen = seen & same
         return seen
 
@@ -173,37 +187,43 @@ class _Call:
         return firsts is not None and self.rows == 1 and firsts[start] == firsts[end - 1]
 
     def scores(
-        self, queries: mx.array, keys: mx.array, chunk: tuple[int, int, int]
+        self, queries: mx.array, heads: tuple[int, int], chunk: tuple[int, int, int], part: tuple[int, int, bool]
     ) -> tuple[mx.array, mx.array | None]:
-        """Masked scores [B, k, G·C, N] in units of `power`, and the tanh of a soft-cap."""
-        scores = (queries * (self.scale * unit())) @ keys.swapaxes(-1, -2)
-        rows, heads, folded, seen = scores.shape
-        scores = scores.astype(mx.float32)
+        """Masked scores [B, k, G·C, N] of queries [B, k, G·C, d] for a part of their keys, and the tanh of a
+        soft-cap."""
+        first, last, masked = part
+        scores = (queries @ self.scaled_keys[:, heads[0] : heads[1], first:last].swapaxes(-1, -2)).astype(mx.float32)
+        rows, count, folded, seen = scores.shape
         capped = None
         if self.pattern.softcap is not None:
-            capped = mx.tanh(scores * (1 / (unit() * self.pattern.softcap)))
-            scores = capped * (unit() * self.pattern.softcap)
-        mask = mx.where(self.allowed(*chunk), 0.0, -mx.inf)
+            capped = mx.tanh(scores * (1 / self.pattern.softcap))
+            scores = capped * self.pattern.softcap
+        if not masked:
+            return scores, capped
+        mask = mx.where(self.allowed(first, last, *chunk[1:]), 0.0, -mx.inf)
         mask = mask[:, :, None] if mask.ndim == 4 else mask
-        by_head = scores.reshape(rows, heads, self.group, folded // self.group, seen)
+        by_head = scores.reshape(rows, count, self.group, folded // self.group, seen)
         return (by_head + mask).reshape(scores.shape), capped
 
     def sink(self, heads: tuple[int, int], like: mx.array) -> mx.array | None:
-        """The sinks of a slab's heads in units of `power`: [1, k, G·C, 1]."""
+        """The sinks of a slab's heads: [1, k, G·C, 1]."""
         if self.sinks is None:
             return None
-        sinks = self.sinks[heads[0] * self.group : heads[1] * self.group].astype(mx.float32) * unit()
+        sinks = self.sinks[heads[0] * self.group : heads[1] * self.group].astype(mx.float32)
         each = mx.repeat(sinks[:, None], like.shape[2] // self.group, axis=1)
         return each.reshape(1, heads[1] - heads[0], -1, 1)
 
-    def normalizer(self, scores: mx.array, sink: mx.array | None) -> tuple[mx.array, mx.array, mx.array]:
-        """(powers of the scores above their maximum, their sum, logarithm of the sum of all) of each row."""
-        top = scores.max(axis=-1, keepdims=True)
-        top = top if sink is None else mx.maximum(top, sink)
-        powers = power(scores - top)
-        total = powers.sum(axis=-1, keepdims=True)
-        total = total if sink is None else total + power(sink - top)
-        return powers, total, top + mx.log(total) * unit()
+    def normalizer(
+        self, scores: Sequence[mx.array], sink: mx.array | None
+    ) -> tuple[list[mx.array], mx.array, mx.array]:
+        """(exponentials of the scores above their maximum, their sum, logarithm of the sum of all) of each row, whose
+        scores come in parts."""
+        tops = [part.max(axis=-1, keepdims=True) for part in scores]
+        top = reduce(mx.maximum, tops if sink is None else [*tops, sink])
+        powers = [exponential(part - top) for part in scores]
+        total = reduce(mx.add, [part.sum(axis=-1, keepdims=True) for part in powers])
+        total = total if sink is None else total + exponential(sink - top)
+        return powers, total, top + mx.log(total)
 
 
 def _forward(call: _Call) -> Result:
@@ -223,15 +243,15 @@ def _forward(call: _Call) -> Result:
         for chunk in call.chunks():
             queries = call.queries[:, heads[0] * call.group : heads[1] * call.group, chunk[1] : chunk[2]]
             queries = mx.depends(queries, before) if before else queries
-            keys = call.keys[:, heads[0] : heads[1], chunk[0] : chunk[2]]
-            values = call.values[:, heads[0] : heads[1], chunk[0] : chunk[2]]
             if fused:
+                keys, values = call.keys[:, :, chunk[0] : chunk[2]], call.values[:, :, chunk[0] : chunk[2]]
+                seen = call.allowed(chunk[0], chunk[2], *chunk[1:])
                 out = mx.fast.scaled_dot_product_attention(
-                    queries, keys, values, scale=call.scale, mask=call.allowed(*chunk), sinks=call.sinks
+                    queries, keys, values, scale=call.scale, mask=seen, sinks=call.sinks
                 )
                 parts.append((out, unknown))
             else:
-                parts.append(_chunk(call, queries, keys, values, heads, chunk))
+                parts.append(_chunk(call, queries, heads, chunk))
                 settle(*parts[-1])
             before = [parts[-1][0]]
         slabs.append(_joined([out for out, _ in parts], 2))
@@ -240,19 +260,19 @@ def _forward(call: _Call) -> Result:
 
 
 def _chunk(
-    call: _Call,
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
-    heads: tuple[int, int],
-    chunk: tuple[int, int, int],
+    call: _Call, queries: mx.array, heads: tuple[int, int], chunk: tuple[int, int, int]
 ) -> tuple[mx.array, mx.array]:
-    scores, _ = call.scores(call.folded(queries), keys, chunk)
-    powers, total, log = call.normalizer(scores, call.sink(heads, scores))
-    return call.unfolded((powers.astype(values.dtype) @ values) / total.astype(values.dtype)), call.unfolded(log)
+    queries, parts = call.folded(queries), call.parts(chunk)
+    scores = [call.scores(queries, heads, chunk, part)[0] for part in parts]
+    powers, total, log = call.normalizer(scores, call.sink(heads, scores[0]))
+    del scores
+    values = [call.values[:, heads[0] : heads[1], first:last] for first, last, _ in parts]
+    out = reduce(mx.add, [power.astype(value.dtype) @ value for power, value in zip(powers, values, strict=True)])
+    return call.unfolded(out / total.astype(out.dtype)), call.unfolded(log)
 
 
 def _backward(call: _Call, cotangent: mx.array, output: mx.array, logs: mx.array) -> tuple[mx.array, ...]:
+    cotangent = mx.contiguous(cotangent)
     # Σ p · dp of each row, which the softmax's gradient takes away, is the product of the output and its gradient
     shares = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
     before: list[mx.array] = []
@@ -287,36 +307,42 @@ class _SlabGradients:
 
     def add(self, chunk: tuple[int, int, int], before: list[mx.array]) -> list[mx.array]:
         """Add what the queries of `chunk` give; returns the arrays that the next chunk is to wait for."""
-        call, (first, start, end) = self._call, chunk
+        call, (_, start, end) = self._call, chunk
 
         def mine(array: mx.array) -> mx.array:
             return call.folded(array[:, self._low * call.group : self._high * call.group, start:end])
 
+        heads = self._low, self._high
         queries = call.queries if not before else mx.depends(call.queries, before)
         queries, slope, share = mine(queries), mine(self._cotangent), mine(self._shares)
-        keys = call.keys[:, self._low : self._high, first:end]
-        values = call.values[:, self._low : self._high, first:end]
-        scores, capped = call.scores(queries, keys, chunk)
-        sink = call.sink((self._low, self._high), scores)
-        log = call.normalizer(scores, sink)[2] if self._logs is None else mine(self._logs)
-        chances = power(scores - log)
-        inner = chances * ((slope @ values.swapaxes(-1, -2)).astype(mx.float32) - share)
-        if capped is not None:
-            inner = inner * (1 - capped * capped)
-        inner, chances = inner.astype(call.dtype), chances.astype(call.dtype)
-        self._queries.append(call.unfolded((inner @ keys) * call.scale))
-        new_keys = self._keys.add(chunk, inner.swapaxes(-1, -2) @ (queries * call.scale))
-        new_values = self._values.add(chunk, chances.swapaxes(-1, -2) @ slope)
-        waits = [self._queries[-1], *new_keys, *new_values]
+        parts = call.parts(chunk)
+        scored = [call.scores(queries, heads, chunk, part) for part in parts]
+        sink = call.sink(heads, scored[0][0])
+        log = call.normalizer([scores for scores, _ in scored], sink)[2] if self._logs is None else mine(self._logs)
+        by_queries: list[mx.array] = []
+        by_keys: list[mx.array] = []
+        by_values: list[mx.array] = []
+        for (low, high, _), (scores, capped) in zip(parts, scored, strict=True):
+            values = call.values[:, self._low : self._high, low:high]
+            chances = exponential(scores - log)
+            inner = chances * ((slope @ values.swapaxes(-1, -2)).astype(mx.float32) - share)
+            if capped is not None:
+                inner = inner * (1 - capped * capped)
+            inner, chances = inner.astype(call.dtype), chances.astype(call.dtype)
+            by_queries.append(inner @ call.scaled_keys[:, self._low : self._high, low:high])
+            by_keys.append(inner.swapaxes(-1, -2) @ queries)
+            by_values.append(chances.swapaxes(-1, -2) @ slope)
+        self._queries.append(call.unfolded(reduce(mx.add, by_queries)))
+        waits = [self._queries[-1], *self._keys.add(chunk, by_keys), *self._values.add(chunk, by_values)]
         if sink is not None:
-            lost = -(power(sink - log) * share).reshape(call.rows, -1, end - start).sum(axis=(0, 2))
+            lost = -(exponential(sink - log) * share).reshape(call.rows, -1, end - start).sum(axis=(0, 2))
             self._sinks = lost if self._sinks is None else self._sinks + lost
             waits.append(self._sinks)
         return waits
 
     def joined(self) -> list[mx.array]:
         """The gradients of queries, keys and values of these heads, and of their sinks."""
-        found = [_joined(self._queries[::-1], 2), self._keys.joined(), self._values.joined()]
+        found = [_joined(self._queries[::-1], 2), self._keys.joined() * self._call.scale, self._values.joined()]
         return found if self._sinks is None else [*found, self._sinks]
 
 
@@ -331,18 +357,28 @@ class _Open:
         self._sum: mx.array | None = None  # of the keys from `_first` to the start of the part before
         self._first = 0
 
-    def add(self, chunk: tuple[int, int, int], part: mx.array) -> list[mx.array]:
-        """Add `part`, which the queries of `chunk` give to its keys; parts come without gaps. Returns what is new."""
+    def add(self, chunk: tuple[int, int, int], parts: Sequence[mx.array]) -> list[mx.array]:
+        """Add what the queries of `chunk` give to its keys, in `parts` of these keys; chunks come without gaps. Returns
+        what is new."""
         first, start, end = chunk
+        ends = list(accumulate((part.shape[-2] for part in parts), initial=first))
+
+        def given(low: int, high: int) -> mx.array:
+            """What this chunk gives to the keys [low, high)."""
+            cuts = [
+                part[..., max(low, begin) - begin : min(high, until) - begin, :]
+                for part, (begin, until) in zip(parts, pairwise(ends), strict=True)
+                if begin < high and low < until
+            ]
+            return _joined(cuts, -2)
 
         def between(low: int, high: int) -> mx.array:
-            """The sum over the keys [low, high) with this part in it."""
+            """The sum over the keys [low, high) with this chunk in it."""
             known = high if self._sum is None else min(max(low, self._first), high)  # where the sum so far begins
-            pieces = [part[..., low - first : known - first, :]] if known > low else []
+            pieces = [given(low, known)] if known > low else []
             if known < high:
                 assert self._sum is not None
-                so_far = self._sum[..., known - self._first : high - self._first, :]
-                pieces.append(part[..., known - first : high - first, :] + so_far)
+                pieces.append(given(known, high) + self._sum[..., known - self._first : high - self._first, :])
             return _joined(pieces, -2)
 
         self._done.append(between(start, end))

@@ -23,11 +23,12 @@ from mlxlora.engine.device import settling, settling_afterwards
 from mlxlora.engine.dropout import no_dropout_after, set_keys, split_key
 from mlxlora.engine.frozen import FrozenStates
 from mlxlora.engine.general import General
-from mlxlora.engine.head import HeadView
+from mlxlora.engine.head import HeadView, HiddenScores, chosen_rows
 from mlxlora.engine.hold import Hold
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.slots import Slots
+from mlxlora.engine.token_loss import Known
 from mlxlora.engine.traces import Traces
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 
@@ -208,23 +209,31 @@ class Chain:
             key: list[mx.array],
         ) -> Any:
             batch = form.batch(inputs)
+            outer = key[0] if key else None
+            learned = [arrays[index] for index in trainable]
 
-            def total(last: mx.array, learned: list[mx.array]) -> tuple[mx.array, Any]:
+            def scores(last: mx.array, known: Known | None) -> HiddenScores:
+                states = self._tail(batch.tokens, last)
+                rows = chosen_rows(states.reshape(-1, states.shape[-1]), batch.loss_positions)
+                return self.head.scores(rows, gradients, outer, known)
+
+            def total(last: mx.array, learned: list[mx.array], known: Known | None) -> tuple[mx.array, Any]:
                 with self.outside.holding(arrays), self.outside.holding(learned, trainable):
-                    states = self._tail(batch.tokens, last)
-                    rows = states.reshape(-1, states.shape[-1])[batch.loss_positions]
-                    scores = self.head.scores(rows, gradients, key[0] if key else None)
-                    sum_, count, metrics = objective(scores, batch)
+                    sum_, count, metrics = objective(scores(last, known), batch)
                 return sum_, (count, metrics)
 
-            learned = [arrays[index] for index in trainable]
-            settled = nullcontext() if self.compiled else settling_afterwards() if gradients else settling()
-            with self._steering.with_layout(_over(layout, segments)), no_dropout_after(self._anatomy), settled:
+            with self._steering.with_layout(_over(layout, segments)), no_dropout_after(self._anatomy):
                 set_keys(self._anatomy, key or None)
-                if not gradients:
-                    sum_, (count, metrics) = total(last, learned)
-                    return ((sum_, count, metrics),)
-                (sum_, (count, metrics)), slopes = mx.value_and_grad(total, argnums=(0, 1))(last, learned)
+                known = None
+                with nullcontext() if self.compiled else settling():
+                    if not gradients:
+                        sum_, (count, metrics) = total(last, learned, None)
+                        return ((sum_, count, metrics),)
+                    if not self.compiled:
+                        with self.outside.holding(arrays):
+                            known = scores(last, None).ahead(batch)
+                with nullcontext() if self.compiled else settling_afterwards():
+                    (sum_, (count, metrics)), slopes = mx.value_and_grad(total, argnums=(0, 1))(last, learned, known)
             return (sum_, count, metrics), slopes[0], slopes[1]
 
         return finish

@@ -3,21 +3,27 @@
 On Metal and CUDA, MLX has fused kernels and compiles well: nothing to do. On a CPU
 
 - an evaluation allocates the results of its whole graph before much of it has run, so a block's insides all exist at
-once:
-  what is large is computed at once (`settle`), and nothing is compiled, since a compiled graph is evaluated as one;
-- `exp` and what is built on it take as long as sixty multiplications, powers of two a third of that (`EXP`);
-- only float32 products are BLAS calls; others are 40 times slower, so they are made in float32 (`products.py`).
+  once: what is large is computed at once (`settle`), and no whole block is compiled, since a compiled graph is
+  evaluated as one;
+- `exp` takes as long as sixty multiplications, a few compiled passes as long as four (`exponential.py`);
+- within a gradient MLX compiles nothing, so what is to be compiled there is made elsewhere (`aside`);
+- only float32 products are BLAS calls; others are 40 times slower, so they are made in float32 (`linear.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, TypeVar
 
 import mlx.core as mx
+
+T = TypeVar("T")
 
 
 def on_cpu() -> bool:
@@ -36,6 +42,61 @@ def settling() -> Iterator[None]:
         yield
     finally:
         _settled.reset(token)
+
+
+def settles() -> bool:
+    """Whether `settle` does something: a CPU that computes array after array."""
+    return _settled.get() is not None
+
+
+class _Beside:
+    """A thread beside the one that takes gradients; it starts when it is first asked, and never ends.
+
+    Never: what MLX keeps for a thread goes when the thread goes, and some of that are Python objects, which must not
+    outlive the interpreter. A daemon that waits goes with the process.
+    """
+
+    def __init__(self) -> None:
+        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._thread: Thread | None = None
+
+    def run(self, function: Callable[..., T], *args: Any) -> T:
+        """`function(*args)` in that thread, in the caller's context and on its stream."""
+        if self._thread is None or not self._thread.is_alive():  # a forked process has no other threads
+            self._tasks = SimpleQueue()
+            self._thread = Thread(target=self._work, args=(self._tasks,), name="mlxlora-beside", daemon=True)
+            self._thread.start()
+        stream, context = mx.default_stream(mx.default_device()), copy_context()
+
+        def call() -> T:
+            with mx.stream(stream):
+                return function(*args)
+
+        future: Future[T] = Future()
+        self._tasks.put((future, lambda: context.run(call)))
+        return future.result()
+
+    @staticmethod
+    def _work(tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]]) -> None:
+        while True:
+            future, task = tasks.get()
+            try:
+                future.set_result(task())
+            except BaseException as failure:
+                future.set_exception(failure)
+            del future, task  # and what they hold
+
+
+_beside = _Beside()
+
+
+def aside(function: Callable[..., T], *args: Any) -> T:
+    """`function(*args)`, within the gradient of a function: on a CPU where `mx.compile` does something.
+
+    While MLX goes backward through a function, all arrays count as followed, and what is compiled is called as if it
+    were not. That mark is one of the thread.
+    """
+    return _beside.run(function, *args) if settles() else function(*args)
 
 
 @contextmanager
@@ -59,13 +120,3 @@ def settle(*arrays: mx.array) -> None:
     how = _settled.get()
     if how is not None:
         how(*arrays)
-
-
-def unit() -> float:
-    """The number of units of `power` in one of the natural exponential: scores are best scaled by it from the start."""
-    return math.log2(math.e) if on_cpu() else 1.0
-
-
-def power(x: mx.array) -> mx.array:
-    """exp(x / unit()): powers of two on a CPU, exp elsewhere."""
-    return mx.power(mx.array(2.0, x.dtype), x) if on_cpu() else mx.exp(x)

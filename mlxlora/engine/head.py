@@ -16,7 +16,26 @@ from mlxlora.engine.device import on_cpu
 from mlxlora.engine.dropout import set_keys
 from mlxlora.engine.hold import Hold
 from mlxlora.engine.slots import Slots
-from mlxlora.engine.token_loss import Head, chunk_length, token_log_probs
+from mlxlora.engine.token_loss import Head, Known, chunk_length, token_log_probs, with_slopes
+
+
+def chosen_rows(states: mx.array, places: mx.array) -> mx.array:
+    """states[places] for places that differ; the gradient is gathered too, not scattered."""
+
+    @mx.custom_function
+    def chosen(states: mx.array) -> mx.array:
+        return states[places]
+
+    @chosen.vjp
+    def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
+        count, width = cotangent.shape
+        where = mx.full((states.shape[0],), count, mx.int32)  # the row of zeros, for who was not chosen
+        where[places] = mx.arange(count, dtype=mx.int32)
+        return mx.concatenate([cotangent, mx.zeros((1, width), cotangent.dtype)])[where]
+
+    value: Any = chosen(states)
+    out: mx.array = value
+    return out
 
 
 class HiddenScores:
@@ -31,16 +50,33 @@ class HiddenScores:
         chunk: int,
         gradients: bool,
         linear: bool,
+        known: Known | None = None,
     ) -> None:
         self._hidden, self._head, self._learned = hidden, head, learned
         self._vocabulary, self._chunk, self._gradients, self._linear = vocabulary, chunk, gradients, linear
+        self._known = known
 
     def token_log_probs(self, batch: Batch) -> mx.array:
         """Log-probability of each target: float32 [P], differentiable."""
-        chunk = chunk_length(batch.targets.size, self._vocabulary, self._chunk, self._linear)
         return token_log_probs(
-            self._hidden, batch.targets, self._head, self._learned, chunk, self._gradients, self._linear
+            self._hidden,
+            batch.targets,
+            self._head,
+            self._learned,
+            self._length(batch),
+            self._gradients,
+            self._linear,
+            self._known,
         )
+
+    def ahead(self, batch: Batch) -> Known | None:
+        """What these scores will be made of, if that is best computed where no gradient is followed."""
+        if self._learned or not self._linear:
+            return None
+        return with_slopes(self._hidden, batch.targets, self._head, self._length(batch), self._linear)
+
+    def _length(self, batch: Batch) -> int:
+        return chunk_length(batch.targets.size, self._vocabulary, self._chunk, self._linear)
 
 
 class HeadView:
@@ -77,7 +113,7 @@ class HeadView:
         x = mx.random.normal((1, 3, self._anatomy.width), key=mx.random.key(0)).astype(self._anatomy.dtype)
         return relative_error(self._anatomy.logits(x * 1024), self._anatomy.logits(x) * 1024) <= tolerance(x.dtype)
 
-    def scores(self, rows: mx.array, gradients: bool, key: mx.array | None) -> HiddenScores:
+    def scores(self, rows: mx.array, gradients: bool, key: mx.array | None, known: Known | None = None) -> HiddenScores:
         """Scores for the hidden states `rows` [P, hidden], with the arrays that stand in the slots now."""
         if self._anatomy.backbone is None:  # `rows` are logits
             return HiddenScores(rows, lambda rows, *_: rows, (), self._vocabulary, self.chunk, gradients, False)
@@ -93,7 +129,7 @@ class HeadView:
                     return self._anatomy.logits(rows[None])[0]
 
         learned = [arrays[index] for index in self._indices]
-        return HiddenScores(rows, head, learned, self._vocabulary, self.chunk, gradients, self._linear)
+        return HiddenScores(rows, head, learned, self._vocabulary, self.chunk, gradients, self._linear, known)
 
 
 def _is_slow(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -25,8 +25,9 @@ import mlx.nn as nn
 from mlxlora import mlxlm
 from mlxlora.engine.activations import swiglu
 from mlxlora.engine.attention import CausalMask, Pattern, attend
-from mlxlora.engine.device import on_cpu
+from mlxlora.engine.device import on_cpu, settles
 from mlxlora.engine.hold import own_class, reads_global, rebound
+from mlxlora.engine.rotations import KEPT, Tables, tables
 from mlxlora.engine.tape import current
 
 GEMMA2 = "mlx_lm.models.gemma2"
@@ -40,6 +41,7 @@ class Layout:
     linear:   in linear memory, where the model's attention allows it
     segments: int [B, T], the document that a token belongs to, or None
     lookback, firsts, chunk: see `Pattern`
+    tables:   of rotary positions, for the batch in work
     """
 
     linear: bool
@@ -47,6 +49,7 @@ class Layout:
     lookback: int | None = None
     firsts: Sequence[int] | None = None
     chunk: int = 0
+    tables: dict[Any, tuple[Any, Tables | None]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def kind(self) -> Layout:
@@ -242,14 +245,41 @@ def _restarting_class(original: Any) -> type[nn.Module]:
 
     def call(self: Any, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         layout = _layout.get()
-        firsts = None if layout is None else layout.firsts
-        if firsts is None or args or kwargs or x.shape[0] != 1 or x.shape[-2] != len(firsts):
+        if layout is None or args or kwargs:
             whole: mx.array = original.__call__(self, x, *args, **kwargs)
             return whole
+        firsts = layout.firsts if x.shape[0] == 1 and layout.firsts and len(layout.firsts) == x.shape[-2] else ()
         starts = [at for at, first in enumerate(firsts) if at == first and at]
-        return mx.concatenate([original.__call__(self, part) for part in mx.split(x, starts, axis=-2)], axis=-2)
+
+        def turn(x: mx.array) -> mx.array:
+            parts = [original.__call__(self, part) for part in mx.split(x, starts, axis=-2)] if starts else []
+            out: mx.array = mx.concatenate(parts, axis=-2) if parts else original.__call__(self, x)
+            return out
+
+        tables = _tables(self, turn, layout, x.shape) if settles() else None
+        return turn(x) if tables is None else tables.turn(x)
 
     return type(original.__name__, (original,), {"__call__": call, "__module__": original.__module__})
+
+
+def _tables(
+    module: nn.Module, turn: Callable[[mx.array], mx.array], layout: Layout, shape: Sequence[int]
+) -> Tables | None:
+    """The tables of a module of rotary positions for this batch; None where it has none."""
+    dims = getattr(module, "dims", getattr(module, "dim", None))
+    if not isinstance(dims, int) or dims % 2 or len(shape) != 4:
+        return None
+    state = {**vars(module), **module}
+    name = (own_class(module), *((key, _same(value)) for key, value in state.items()), *shape[-2:], shape[0] == 1)
+    if name not in layout.tables:
+        while len(layout.tables) >= KEPT:
+            layout.tables.pop(next(iter(layout.tables)))
+        layout.tables[name] = (state, tables(turn, shape[-2], shape[-1], dims // 2))  # what has an id must live
+    return layout.tables[name][1]
+
+
+def _same(value: Any) -> Any:
+    return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 
 class Steering:

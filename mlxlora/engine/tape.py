@@ -47,6 +47,7 @@ class Tape:
         self.reading = results is not None
         self._unread, self._keeps = unread, keeps
         self._next = 0
+        self._values: dict[int, tuple[mx.array, mx.array]] = {}
 
     def write(self, who: object, *results: mx.array) -> None:
         """Keep the results of a call."""
@@ -66,6 +67,14 @@ class Tape:
                 self._next += 1
         return found
 
+    def note(self, traced: mx.array, value: mx.array) -> None:
+        """`traced`, which MLX follows, has this `value`."""
+        self._values[id(traced)] = (traced, value)
+
+    def value(self, traced: mx.array) -> mx.array | None:
+        """The value of a product that MLX follows, as it was read."""
+        return self._values.get(id(traced), (None, None))[1]
+
 
 _tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
 
@@ -73,6 +82,13 @@ _tape: ContextVar[Tape | None] = ContextVar("tape", default=None)
 def current() -> Tape | None:
     """The tape of the block that is being traced, if its products are kept."""
     return _tape.get()
+
+
+def values(*arrays: mx.array) -> list[mx.array] | None:
+    """The values of products that are followed for their gradient; None if one of `arrays` is something else."""
+    tape = _tape.get()
+    found = [] if tape is None else [value for array in arrays if (value := tape.value(array)) is not None]
+    return found if len(found) == len(arrays) else None
 
 
 @contextmanager
@@ -239,7 +255,11 @@ class _Shared:
             return outputs
         size = len(self._group)
         known = tape.read(self._number, size + len(self._group.learned()) // 2)
-        return self._group.replayed(x, known[:size], [z for z in known[size:] if z is not None])
+        outputs = self._group.replayed(x, known[:size], [z for z in known[size:] if z is not None])
+        for output, value in zip(outputs, known, strict=False):
+            if value is not None:
+                tape.note(output, value)
+        return outputs
 
 
 def _replayed(inner: Callable[..., Any], slots: Slots, result: mx.array | None, args: Any, kwargs: Any) -> mx.array:

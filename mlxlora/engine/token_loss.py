@@ -17,16 +17,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlxlora.engine.device import power, settle, unit
+from mlxlora.engine.device import settle
+from mlxlora.engine.exponential import exponential, one_operation
 
 # (hidden [C, D], learned arrays of the head, number of the chunk) → logits [C, V]
 Head = Callable[[mx.array, Sequence[mx.array], int], mx.array]
+Bounds = list[tuple[int, int]]  # of the chunks
+Known = tuple[mx.array, mx.array]  # log-probabilities, and the gradient of each by its hidden state
 LOGITS_AT_A_TIME = 1 << 23  # floats of one chunk's logits: 32 MiB
-
-
-@mx.compile
-def _powers(logits: mx.array, top: mx.array) -> mx.array:
-    return power((logits.astype(mx.float32) - top) * unit())
 
 
 @mx.compile
@@ -34,13 +32,18 @@ def _slope(powers: mx.array, targets: mx.array, token: mx.array, share: mx.array
     return mx.where(token == targets, slope, 0) - powers * share
 
 
-def _parts(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+def _parts(
+    logits: mx.array, targets: mx.array, exp: Callable[[mx.array], mx.array]
+) -> tuple[mx.array, mx.array, mx.array, mx.array]:
     """logits[targets] [C, 1]; exp(logits) below their maximum [C, V], and its sums [C]; log softmax(logits)[targets]
     [C]."""
     picked = mx.take_along_axis(logits, targets[:, None], axis=-1).astype(mx.float32)
     top = logits.max(axis=-1, keepdims=True).astype(mx.float32)
     settle(picked, top)
-    powers = _powers(logits, top)
+    below = logits.astype(mx.float32) - top
+    del logits  # each of these arrays [C, V] takes the place of the one before where nobody follows a gradient
+    powers = exp(below)
+    del below
     settle(powers)
     total = powers.sum(axis=-1)
     return picked, powers, total, (picked - top)[:, 0] - mx.log(total)
@@ -49,7 +52,7 @@ def _parts(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.
 @mx.custom_function
 def _chosen(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array, mx.array]:
     """log softmax(logits)[targets] [C]; and exp(logits) below their maximum [C, V], and its sums [C], all float32."""
-    _, powers, total, values = _parts(logits, targets)
+    _, powers, total, values = _parts(logits, targets, one_operation)
     return values, powers, total
 
 
@@ -85,40 +88,27 @@ def token_log_probs(
     chunk: int,
     gradients: bool = True,
     linear: bool = False,
+    known: Known | None = None,
 ) -> mx.array:
     """Differentiable log-probabilities of `targets` [P] from `hidden` [P, D]: float32 [P].
 
     `learned` are the arrays of the head that may have a gradient; empty for a frozen head. `gradients=False` computes
     the values alone. The gradient of a `linear` head does not depend on its logits, which are then given up sooner.
+    `known` is what `with_slopes` gave for these states.
     """
-    bounds = [(start, min(start + chunk, targets.size)) for start in range(0, targets.size, chunk)]
-
-    def log_probs(index: int, rows: mx.array, arrays: Sequence[mx.array]) -> mx.array:
-        start, end = bounds[index]
-        values: Any = _chosen(head(rows, arrays, index), targets[start:end])
-        out: mx.array = values[0]
-        return out
-
     if not gradients:
-        return _in_turn(bounds, hidden, lambda i, rows: [log_probs(i, rows, learned)])[0]
+        bounds = _bounds(targets, chunk)
+
+        def values_of(index: int, rows: mx.array) -> list[mx.array]:
+            return [_parts(head(rows, learned, index), targets[slice(*bounds[index])], exponential)[-1]]
+
+        return _in_turn(bounds, hidden, values_of)[0]
     if learned:
-        return _learning(hidden, list(learned), bounds, log_probs)
+        return _learning(hidden, targets, head, list(learned), _bounds(targets, chunk))
 
     @mx.custom_function
-    def scored(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        def one(index: int, rows: mx.array) -> list[mx.array]:
-            if linear:
-                return _at_once(rows, targets[slice(*bounds[index])], lambda rows: head(rows, (), index))
-
-            def total(rows: mx.array) -> tuple[mx.array, mx.array]:
-                values = log_probs(index, rows, ())
-                return values.sum(), values
-
-            (_, values), slope = mx.value_and_grad(total)(rows)
-            return [values, slope]
-
-        values, slopes = _in_turn(bounds, hidden, one)
-        return values, slopes
+    def scored(hidden: mx.array) -> Known:
+        return known or with_slopes(hidden, targets, head, chunk, linear)
 
     @scored.vjp
     def backward(primals: mx.array, cotangents: Any, outputs: Any) -> mx.array:
@@ -131,10 +121,45 @@ def token_log_probs(
     return values
 
 
+def with_slopes(hidden: mx.array, targets: mx.array, head: Head, chunk: int, linear: bool) -> Known:
+    """Log-probabilities [P] under a frozen head, and the gradient of each by its own hidden state [P, D].
+
+    Of a `linear` head they are best made where no gradient is followed.
+    """
+    bounds = _bounds(targets, chunk)
+
+    def one(index: int, rows: mx.array) -> list[mx.array]:
+        if linear:
+            return _at_once(rows, targets[slice(*bounds[index])], lambda rows: head(rows, (), index))
+
+        def total(rows: mx.array) -> tuple[mx.array, mx.array]:
+            values = _log_probs(rows, targets, head, (), bounds, index)
+            return values.sum(), values
+
+        (_, values), slope = mx.value_and_grad(total)(rows)
+        return [values, slope]
+
+    values, slopes = _in_turn(bounds, hidden, one)
+    return values, slopes
+
+
+def _bounds(targets: mx.array, chunk: int) -> Bounds:
+    return [(start, min(start + chunk, targets.size)) for start in range(0, targets.size, chunk)]
+
+
+def _log_probs(
+    rows: mx.array, targets: mx.array, head: Head, learned: Sequence[mx.array], bounds: Bounds, index: int
+) -> mx.array:
+    start, end = bounds[index]
+    values: Any = _chosen(head(rows, learned, index), targets[start:end])
+    out: mx.array = values[0]
+    return out
+
+
 def _at_once(rows: mx.array, targets: mx.array, head: Callable[[mx.array], mx.array]) -> list[mx.array]:
     """Log-probabilities [C] and their gradients by `rows` [C, D], of a linear head: each array [C, V] in the place of
     the one before."""
-    picked, powers, total, values = _parts(head(rows), targets)
+    picked, powers, total, values = _parts(head(rows), targets, exponential)
     settle(total, values)
     tokens = mx.arange(powers.shape[-1])[None]
     by_logits = _slope(powers, targets[:, None], tokens, 1 / total[:, None], mx.ones_like(picked))
@@ -142,9 +167,7 @@ def _at_once(rows: mx.array, targets: mx.array, head: Callable[[mx.array], mx.ar
     return [values, mx.vjp(head, [rows], [by_logits.astype(rows.dtype)])[1][0]]
 
 
-def _in_turn(
-    bounds: list[tuple[int, int]], hidden: mx.array, one: Callable[[int, mx.array], list[mx.array]]
-) -> list[mx.array]:
+def _in_turn(bounds: Bounds, hidden: mx.array, one: Callable[[int, mx.array], list[mx.array]]) -> list[mx.array]:
     """`one(index, rows)` for each chunk, each starting when the one before is done; the results joined."""
     parts: list[list[mx.array]] = []
     for index, (start, end) in enumerate(bounds):
@@ -156,17 +179,12 @@ def _in_turn(
     return [mx.concatenate(list(part)) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
 
 
-def _learning(
-    hidden: mx.array,
-    learned: list[mx.array],
-    bounds: list[tuple[int, int]],
-    log_probs: Callable[[int, mx.array, Sequence[mx.array]], mx.array],
-) -> mx.array:
+def _learning(hidden: mx.array, targets: mx.array, head: Head, learned: list[mx.array], bounds: Bounds) -> mx.array:
     """The same where the head has something to learn: its gradient needs the logits again, chunk by chunk."""
 
     @mx.custom_function
     def scored(hidden: mx.array, *arrays: mx.array) -> mx.array:
-        return _in_turn(bounds, hidden, lambda i, rows: [log_probs(i, rows, arrays)])[0]
+        return _in_turn(bounds, hidden, lambda i, rows: [_log_probs(rows, targets, head, arrays, bounds, i)])[0]
 
     @scored.vjp
     def backward(primals: tuple[mx.array, ...], cotangent: mx.array, _: mx.array) -> tuple[mx.array, ...]:
@@ -179,7 +197,7 @@ def _learning(
                 waited: Any = mx.depends(rows, [slopes[-1], *totals])
                 rows = waited
             grads: list[mx.array] = mx.vjp(
-                lambda rows, *arrays, index=index: log_probs(index, rows, arrays),
+                lambda rows, *arrays, index=index: _log_probs(rows, targets, head, arrays, bounds, index),
                 [rows, *arrays],
                 [cotangent[start:end]],
             )[1]

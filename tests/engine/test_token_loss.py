@@ -5,8 +5,9 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-from mlxlora.engine.device import settling_afterwards
-from mlxlora.engine.token_loss import chunk_length, token_log_probs
+from mlxlora.engine.device import settling, settling_afterwards
+from mlxlora.engine.head import chosen_rows
+from mlxlora.engine.token_loss import chunk_length, token_log_probs, with_slopes
 
 V, D, P = 100, 16, 37
 
@@ -57,11 +58,24 @@ def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int, linear: bool) -> Non
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     chunk = chunk_length(positions, vocabulary, linear=linear)
+
+    def head(rows: mx.array, *_: object) -> mx.array:
+        return rows @ weight.T
+
+    with settling():
+        known = with_slopes(hidden, targets, head, chunk, True) if linear else None
     with settling_afterwards():
         found = mx.value_and_grad(
-            lambda hidden: token_log_probs(
-                hidden, targets, lambda rows, *_: rows @ weight.T, [], chunk, linear=linear
-            ).sum()
+            lambda hidden: token_log_probs(hidden, targets, head, [], chunk, linear=linear, known=known).sum()
         )(hidden)
     mx.eval(found)
     assert (mx.get_peak_memory() - before) / (positions * vocabulary) <= 2.0
+
+
+def test_chosen_rows_are_gathered_both_ways() -> None:
+    states, places = mx.random.normal((9, 4)), mx.array([7, 0, 3], mx.int32)
+    slope = mx.random.normal((3, 4))
+    expected = mx.vjp(lambda states: states[places], [states], [slope])
+    found = mx.vjp(lambda states: chosen_rows(states, places), [states], [slope])
+    for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        assert mx.array_equal(a, b).item()
