@@ -11,6 +11,7 @@ import secrets
 import socket
 import sys
 import threading
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from mlxlora.prompts import chat_tokenizer
 from mlxlora.requests import DEFAULT_MODEL, LOOPBACK, MAX_BODY, Refused, Rules, refuse
 
 TOKEN_VARIABLE = "MLXLORA_TOKEN"
-SECONDS = 60  # for a client to send its request
+SECONDS = 60.0  # for a client to send its request, all of it; and for it to take each piece of the answer
+CONNECTIONS = 128  # at a time; more are closed at once
 
 log = logging.getLogger("mlxlora.serve")
 
@@ -200,8 +202,28 @@ class Server:
 
 
 class _Listener(ThreadingHTTPServer):
+    """A thread for each connection, and no more threads than are good for a machine."""
+
     daemon_threads = True
     allow_reuse_address = True
+
+    def __init__(self, *args: Any) -> None:
+        self._free = threading.BoundedSemaphore(CONNECTIONS)
+        super().__init__(*args)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Answer in a thread of its own, as long as there are some."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """One connection, to its end."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def server_bind(self) -> None:
         """As the base class, which would also look up the name of the address: a question to the network."""
@@ -254,6 +276,27 @@ class _Provider:
         self.model_key = None
 
 
+class _Arriving(io.RawIOBase):
+    """What a client sends, as long as all of it comes in time: one byte a minute would hold a thread for ever."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+        self._until = time.monotonic() + SECONDS
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the request does not come to an end")
+        self._connection.settimeout(left)
+        try:
+            return self._connection.recv_into(buffer)
+        finally:
+            self._connection.settimeout(SECONDS)
+
+
 class _Guarded:
     """Stands before mlx-lm's handler: a request that the rules refuse never reaches it."""
 
@@ -266,6 +309,13 @@ class _Guarded:
     path: str
     rfile: Any
     wfile: Any
+    connection: socket.socket
+
+    def setup(self) -> None:
+        """As the base class, but for the time that a request may take to arrive."""
+        super().setup()  # type: ignore[misc]
+        self.rfile.close()
+        self.rfile = io.BufferedReader(_Arriving(self.connection))
 
     def log_message(self, format: str, *args: Any) -> None:
         log.info("%s", (format % args).encode("ascii", "backslashreplace").decode())

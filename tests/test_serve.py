@@ -1,7 +1,10 @@
 """The server answers for its own model and adapters, by name; all else is refused before the generator sees it."""
 
+import contextlib
 import http.client
 import json
+import socket
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -253,3 +256,48 @@ def test_hosts_of_open_servers() -> None:
     rules.check_origin({"Host": "192.168.1.5:80", "Authorization": "Bearer " + "t" * 16})
     with pytest.raises(Refused):
         rules.check_origin({"Host": "evil.example:80", "Authorization": "Bearer " + "t" * 16})
+
+
+@pytest.mark.parametrize("first", ["POST /v1/completions HTTP/1.1\r\n", "{head}Content-Length: 900\r\n\r\n"])
+def test_a_client_that_drips_is_cut_off(
+    first: str, loaded: model.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each byte comes in time; the request does not."""
+    monkeypatch.setattr(sys.modules["mlxlora.serve"], "SECONDS", 0.3)
+    with Server(loaded, port=0) as server:
+        host = f"127.0.0.1:{server.rules.port}"
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", server.rules.port)) as connection:
+            connection.sendall(first.format(head=head).encode())
+            connection.settimeout(0.05)
+            for _ in range(400):
+                try:
+                    connection.sendall(b"x")
+                    if connection.recv(1) == b"":
+                        break
+                except TimeoutError:
+                    continue
+                except ConnectionError:
+                    break
+            else:
+                pytest.fail("it was never cut off")
+
+
+def test_there_are_so_many_connections_and_no_more(
+    loaded: model.LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["mlxlora.serve"], "CONNECTIONS", 2)
+    with Server(loaded, port=0) as server:
+        idle = [socket.create_connection(("127.0.0.1", server.rules.port)) for _ in range(2)]
+        with socket.create_connection(("127.0.0.1", server.rules.port)) as third:
+            third.settimeout(30)
+            assert third.recv(1) == b""
+        for connection in idle:
+            connection.close()
+        for _ in range(100):  # their threads end soon
+            with contextlib.suppress(ConnectionError, http.client.HTTPException):
+                assert ask(server, None, "/health")[0] == 200
+                break
+            time.sleep(0.05)
+        else:
+            pytest.fail("nobody is let in any more")

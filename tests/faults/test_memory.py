@@ -10,6 +10,7 @@ from mlxlora import cli
 from mlxlora.training.events import Event, Step
 from tests import tiny
 from tests.faults import session
+from tests.faults.test_kill import whole
 
 
 def resident() -> int:
@@ -54,6 +55,47 @@ def test_memory_is_flat_short(tmp_path: Path) -> None:
 @pytest.mark.faults
 def test_memory_is_flat_long(tmp_path: Path) -> None:
     flat(tmp_path, 10_000, most=8_000_000)
+
+
+def starve(words: list[str], said: Path) -> None:
+    """A command to whose process the system gives no memory any more, once it has saved twice."""
+    import mlx.core as mx
+
+    from mlxlora.reporting.console import Console
+    from mlxlora.training.events import Checkpoint
+
+    hear = Console.event
+
+    def event(console: Console, told: Event) -> None:
+        hear(console, told)
+        if isinstance(told, Checkpoint) and told.step >= 4:
+            mx.set_cache_limit(0)
+            mx.clear_cache()
+            used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used, used))
+
+    Console.event = event  # type: ignore[method-assign]
+    session.command(words, said)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS knows no limit on a process's memory")
+def test_memory_that_runs_out_in_the_midst_of_a_run(tmp_path: Path) -> None:
+    tiny.model_directory(tmp_path / "model", "qwen3")
+    session.rows(tmp_path / "data.jsonl")
+    options = {"training.steps": 16, "training.save_every": 2, "training.batch_size": 2}
+    words = session.flags(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "run", options)
+    process = session.begin(starve, words, tmp_path / "said")
+    process.join(timeout=120)
+    said = (tmp_path / "said").read_text()
+    assert process.exitcode == 1 and "Traceback" not in said, said
+    assert said.splitlines()[-1].startswith("error: out of memory") and "--training.batch_size 1" in said, said
+    whole(tmp_path / "run")
+    newest = max((tmp_path / "run" / "checkpoints").iterdir()).name
+    assert newest >= "step-0000004"
+    again = session.begin(session.command, words, tmp_path / "said")
+    again.join(timeout=120)
+    said = (tmp_path / "said").read_text()
+    assert again.exitcode == 0 and f"going on after step {int(newest[5:])}" in said, said
 
 
 def test_a_run_that_cannot_fit_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
