@@ -17,6 +17,7 @@ from mlxlora.data.problems import Problems, kind_of, reason_of
 from mlxlora.errors import DataError
 from mlxlora.files import human_bytes
 
+PARQUET_ROWS = 4  # decoded at a time
 LARGEST_TEXT = 256 * 1024 * 1024  # bytes of one plain-text file: it is one document
 
 
@@ -161,7 +162,7 @@ def read_text(file: BinaryIO, name: str, problems: Problems) -> Iterator[Row]:
 
 
 def read_parquet(file: BinaryIO, name: str, problems: Problems) -> Iterator[Row]:
-    """Parquet, batch by batch."""
+    """Parquet, a few rows at a time: a file of a kilobyte may hold one text of megabytes for each of a million rows."""
     try:
         import pyarrow as arrow
         import pyarrow.parquet as parquet
@@ -172,14 +173,28 @@ def read_parquet(file: BinaryIO, name: str, problems: Problems) -> Iterator[Row]
     try:
         source = file if file.seekable() else io.BytesIO(file.read())
         number = 0
-        for batch in parquet.ParquetFile(source).iter_batches(batch_size=1000):
-            for value in batch.to_pylist():
-                number += 1
-                yield Row({key: item for key, item in value.items() if item is not None}, number)
+        for batch in parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
+            for part in [batch] if batch.nbytes <= LONGEST_LINE else _one_by_one(batch, arrow):
+                if part.nbytes > LONGEST_LINE:
+                    number += 1
+                    what = f"the row is {human_bytes(part.nbytes)} long; {human_bytes(LONGEST_LINE)} are allowed"
+                    problems.add(name, number, what, "Split it.")
+                    continue
+                for value in part.to_pylist():
+                    number += 1
+                    yield Row({key: item for key, item in value.items() if item is not None}, number)
             if problems.enough:
                 return
     except (arrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
         problems.add(name, 0, f"not a whole Parquet file: {reason_of(error).splitlines()[0]}", "Write it again.")
+
+
+def _one_by_one(batch: Any, arrow: Any) -> Iterator[Any]:
+    """The rows of a batch as batches of their own, each with its own text alone."""
+    for index in range(batch.num_rows):
+        columns = [column.slice(index, 1) for column in batch.columns]
+        columns = [c.dictionary_decode() if arrow.types.is_dictionary(c.type) else c for c in columns]
+        yield arrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 READERS: dict[str, Reader] = {

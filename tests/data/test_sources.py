@@ -15,7 +15,9 @@ import pytest
 
 from mlxlora.data import BatchConfig, DataSplits, SamplesConfig, load, plan_epoch
 from mlxlora.data.formats import FORMATS, detect
+from mlxlora.data.problems import Problems
 from mlxlora.data.records import Conversation, Judged, Preference, Question
+from mlxlora.data.sources import READERS
 from mlxlora.errors import DataError
 from mlxlora.tokenizer import Tokenizer
 
@@ -251,3 +253,18 @@ def test_tool_calls_in_every_shape() -> None:
     turn = {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'}
     record = FORMATS["sharegpt"].read({"conversations": [turn]})
     assert isinstance(record, Conversation) and record.messages[0].tool_calls == [wanted]
+
+
+def test_parquet_of_a_kilobyte_that_holds_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One text, told once, in every row: a few are decoded at a time, and a row may be as long as a line of JSON."""
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("mlxlora.data.sources.LONGEST_LINE", 100_000)
+    texts = arrow.array(["short", "long " * 30_000, "middle " * 10_000])
+    column = arrow.DictionaryArray.from_arrays(arrow.array([0, 1, 2, 2, 2, 0, *[1] * 15]), texts)
+    writer.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
+    assert (tmp_path / "a.parquet").stat().st_size < 2000
+    problems = Problems()
+    with (tmp_path / "a.parquet").open("rb") as file:
+        rows = list(READERS[".parquet"](file, "a.parquet", problems))
+    assert [row.line for row in rows] == [1, 3, 4, 5, 6] and problems.count == 16
+    assert "the row is 150.0 kB long; 100.0 kB are allowed" in str(problems.items[0])

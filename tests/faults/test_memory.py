@@ -74,7 +74,7 @@ def starve(words: list[str], said: Path) -> None:
             used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
             resource.setrlimit(resource.RLIMIT_AS, (used, used))
 
-    Console.event = event  # type: ignore[method-assign]
+    Console.event = event  # type: ignore[assignment, method-assign]
     session.command(words, said)
 
 
