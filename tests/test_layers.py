@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # every room may import from rooms of a lower number, and from its own
 LEVEL = {
-    "errors": 0, "version": 0, "commands": 0, "progress": 0, "parameters": 0, "files": 1, "memory": 1,
+    "errors": 0, "version": 0, "commands": 0, "progress": 0, "parameters": 0, "terminal": 0,
+    "files": 1, "memory": 1,
     "mlxlm": 2, "hub": 2, "architecture": 2, "checkpoint_names": 2,
     "tokenizer_file": 2, "sentencepiece_model": 2, "weights": 2, "probe": 2, "quantize": 3,
     "tokenizer": 3, "adapters": 3, "model": 4, "data": 5, "engine": 5,

@@ -33,7 +33,8 @@ class Batch:
     """What one forward pass sees.
 
     tokens:         int32 [B, T]; padding (on the right) is any valid id and never a target
-    loss_positions: int32 [P]; flat indices into [B * T] of the hidden states that predict a weighted token
+    loss_positions: int32 [P]; flat indices into [B * T] of the hidden states that predict a weighted token, and 0,
+                    as often as it takes, where P is padded: they need not differ
     targets:        int32 [P]; the token that each of them is to predict
     weights:        float32 [P]; 0 where P is padded
     segments:       int32 [B, T] or None; for packed rows the number of the document a token belongs to, counted from 0

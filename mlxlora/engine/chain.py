@@ -23,7 +23,7 @@ from mlxlora.engine.device import settling, settling_afterwards
 from mlxlora.engine.dropout import no_dropout_after, set_keys, split_key
 from mlxlora.engine.frozen import FrozenStates
 from mlxlora.engine.general import General
-from mlxlora.engine.head import HeadView, HiddenScores, chosen_rows
+from mlxlora.engine.head import HeadView, HiddenScores
 from mlxlora.engine.hold import Hold
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.scores import Objective, Outcome
@@ -214,7 +214,7 @@ class Chain:
 
             def scores(last: mx.array, known: Known | None) -> HiddenScores:
                 states = self._tail(batch.tokens, last)
-                rows = chosen_rows(states.reshape(-1, states.shape[-1]), batch.loss_positions)
+                rows = states.reshape(-1, states.shape[-1])[batch.loss_positions]
                 return self.head.scores(rows, gradients, outer, known)
 
             def total(last: mx.array, learned: list[mx.array], known: Known | None) -> tuple[mx.array, Any]:

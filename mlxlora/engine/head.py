@@ -19,25 +19,6 @@ from mlxlora.engine.slots import Slots
 from mlxlora.engine.token_loss import Head, Known, chunk_length, token_log_probs, with_slopes
 
 
-def chosen_rows(states: mx.array, places: mx.array) -> mx.array:
-    """states[places] for places that differ; the gradient is gathered too, not scattered."""
-
-    @mx.custom_function
-    def chosen(states: mx.array) -> mx.array:
-        return states[places]
-
-    @chosen.vjp
-    def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-        count, width = cotangent.shape
-        where = mx.full((states.shape[0],), count, mx.int32)  # the row of zeros, for who was not chosen
-        where[places] = mx.arange(count, dtype=mx.int32)
-        return mx.concatenate([cotangent, mx.zeros((1, width), cotangent.dtype)])[where]
-
-    value: Any = chosen(states)
-    out: mx.array = value
-    return out
-
-
 class HiddenScores:
     """Scores from the hidden states of the positions that count: [P, hidden]."""
 

@@ -6,7 +6,6 @@ import mlx.core as mx
 import pytest
 
 from mlxlora.engine.device import settling, settling_afterwards
-from mlxlora.engine.head import chosen_rows
 from mlxlora.engine.token_loss import chunk_length, token_log_probs, with_slopes
 
 V, D, P = 100, 16, 37
@@ -70,12 +69,3 @@ def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int, linear: bool) -> Non
         )(hidden)
     mx.eval(found)
     assert (mx.get_peak_memory() - before) / (positions * vocabulary) <= 2.0
-
-
-def test_chosen_rows_are_gathered_both_ways() -> None:
-    states, places = mx.random.normal((9, 4)), mx.array([7, 0, 3], mx.int32)
-    slope = mx.random.normal((3, 4))
-    expected = mx.vjp(lambda states: states[places], [states], [slope])
-    found = mx.vjp(lambda states: chosen_rows(states, places), [states], [slope])
-    for a, b in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
-        assert mx.array_equal(a, b).item()

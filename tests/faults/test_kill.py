@@ -3,6 +3,8 @@
 import contextlib
 import json
 import random
+import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,55 @@ def kills(folder: Path, variants: list[dict[str, Any]], wanted: int) -> None:
     )
 
 
+def scratch(out: Path) -> list[Path]:
+    """What a save leaves behind that did not come to its end."""
+    return list(out.rglob(".*.tmp-*"))
+
+
+def kills_inside(folder: Path, wanted: int, rank: int, **sizes: Any) -> None:
+    """Whole runs again, each killed as soon as it is seen to save, at any moment of that."""
+    model, data = tiny.model_directory(folder / "model", "qwen3", **sizes), session.rows(folder / "data.jsonl")
+    options = COMMON | {"adapter.rank": rank, "training.save_every": 1, "training.steps": 8, "adapter.dropout": 0.1}
+    calm = folder / "calm"
+    process = session.start(model, data, calm, options)
+    process.join()
+    assert process.exitcode == 0
+    saved = [sum(file.stat().st_size for file in one.iterdir()) for one in (calm / "checkpoints").iterdir()]
+    chosen = random.Random(11)
+    total = inside = runs = 0
+    seconds = 0.02
+    while total < wanted:
+        out = folder / "killed"
+        shutil.rmtree(out, ignore_errors=True)
+        runs += 1
+        while not finished(out):
+            process = session.start(model, data, out, options)
+            begun = 0.0
+            while process.exitcode is None and total < wanted:
+                if scratch(out) and not begun:
+                    begun = time.monotonic()
+                    time.sleep(chosen.random() * seconds)
+                    process.kill()
+                    process.join()
+                    total += 1
+                    inside += bool(scratch(out))
+                    # as long as a save turns out to take: longer while all of them are met
+                    seconds *= 1.2 if scratch(out) else 0.8
+                time.sleep(0.001)
+            process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), process.exitcode
+            process.close()
+            whole(out)
+        assert session.told(out) == session.told(calm) and not scratch(out)
+        for name in ("adapter", "best"):
+            assert sha256(out / name / "adapters.safetensors") == sha256(calm / name / "adapters.safetensors")
+    print(
+        f"{total} kills in {runs} runs of `finetune`, {inside} of them inside a save of {min(saved) / 1e6:.0f} MB:"
+        " adapter/ and best/ equal byte for byte to the run never killed, metrics.jsonl equal event for event"
+    )
+    assert inside >= 0.4 * wanted, "too few kills met a save"
+
+
 def test_kills_short(tmp_path: Path) -> None:
     kills(tmp_path, [{"adapter.dropout": 0.1, "training.steps": 6, "training.save_every": 2}], wanted=2)
 
@@ -94,3 +145,9 @@ def test_kills_short(tmp_path: Path) -> None:
 @pytest.mark.faults
 def test_kills_long(tmp_path: Path) -> None:
     kills(tmp_path, VARIANTS, wanted=140)
+
+
+@pytest.mark.faults
+def test_kills_inside_large_saves_long(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    kills_inside(tmp_path, wanted=90, rank=160, **sizes)
