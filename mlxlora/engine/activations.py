@@ -6,13 +6,14 @@ number.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 
 from mlxlora.engine import tape
 from mlxlora.engine.device import aside, settle
-from mlxlora.engine.exponential import exponential
+from mlxlora.engine.exponential import exponential, one_operation
 
 
 @mx.compile
@@ -29,10 +30,13 @@ def _by_gate(gate: mx.array, x: mx.array, power: mx.array, cotangent: mx.array) 
 def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """gate · sigmoid(gate) · x, in place of mlx-lm's function of this name."""
     known = tape.values(gate, x)
+    written = tape.current()
+    followed = known is None and written is not None and written.reading
 
     @mx.custom_function
     def activation(gate: mx.array, x: mx.array) -> mx.array:
-        return _forward(gate, x) if known is None else _forward(*known)
+        gate, x = known or (gate, x)
+        return _forward(gate, x, one_operation if followed else exponential)
 
     @activation.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
@@ -43,8 +47,8 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     return out
 
 
-def _forward(gate: mx.array, x: mx.array) -> mx.array:
-    power = exponential(gate, -1.0)
+def _forward(gate: mx.array, x: mx.array, exp: Callable[[mx.array, float], mx.array]) -> mx.array:
+    power = exp(gate, -1.0)
     settle(power)
     return _product(gate, x, power)
 

@@ -14,7 +14,7 @@ from threading import get_ident
 
 import mlx.core as mx
 
-from mlxlora.engine.device import on_cpu, settle
+from mlxlora.engine.device import on_cpu, settle, settles
 
 Pass = Callable[..., mx.array]
 BIAS, MANTISSA = 127, 23  # a float32 stores its exponent as n + BIAS, above so many bits of mantissa
@@ -29,8 +29,8 @@ LARGE = 1 << 20  # numbers whose passes are worth an evaluation each, so that fe
 
 def exponential(x: mx.array, factor: float = 1.0) -> mx.array:
     """exp(factor · x): on a CPU in float32, to three units of the last place from e^−87 to e^88; 0 and ∞ beyond."""
-    if not on_cpu():
-        return mx.exp(x * factor)
+    if not settles():
+        return one_operation(x, factor)
     x = x.astype(mx.float32)
     bits_of, product = _passes(x.shape, factor, get_ident())
     bits = bits_of(x)
@@ -39,9 +39,9 @@ def exponential(x: mx.array, factor: float = 1.0) -> mx.array:
     return product(x, bits, bits.view(mx.float32))
 
 
-def one_operation(x: mx.array) -> mx.array:
-    """exp(x) where a gradient is followed, for whose sake the result of every operation is kept."""
-    return mx.power(mx.array(2.0, x.dtype), x * math.log2(math.e)) if on_cpu() else mx.exp(x)
+def one_operation(x: mx.array, factor: float = 1.0) -> mx.array:
+    """exp(factor · x) where nothing is compiled, or a gradient is followed, for whose sake MLX keeps every result."""
+    return mx.power(mx.array(2.0, x.dtype), x * (factor * math.log2(math.e))) if on_cpu() else mx.exp(x * factor)
 
 
 @lru_cache(maxsize=SHAPES)

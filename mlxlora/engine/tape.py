@@ -222,7 +222,11 @@ class Products:
             if shared is not None and len(args) == 1 and not kwargs:
                 return shared.output(tape, args[0], place)
             if tape.reading:
-                return _replayed(inner, self._slots[id(module)], tape.read(place_of_module, 1)[0], args, kwargs)
+                result = tape.read(place_of_module, 1)[0]
+                out = _replayed(inner, self._slots[id(module)], result, args, kwargs)
+                if result is not None:
+                    tape.note(out, result)
+                return out
             out = inner(*args, **kwargs)
             settle(out)
             tape.write(place_of_module, out)
