@@ -41,7 +41,9 @@ def exponential(x: mx.array, factor: float = 1.0) -> mx.array:
 
 def one_operation(x: mx.array, factor: float = 1.0) -> mx.array:
     """exp(factor · x) where nothing is compiled, or a gradient is followed, for whose sake MLX keeps every result."""
-    return mx.power(mx.array(2.0, x.dtype), x * (factor * math.log2(math.e))) if on_cpu() else mx.exp(x * factor)
+    if not on_cpu():
+        return mx.exp(x * factor)
+    return mx.power(mx.array(2.0), x.astype(mx.float32) * (factor * math.log2(math.e)))
 
 
 @lru_cache(maxsize=SHAPES)

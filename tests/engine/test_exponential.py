@@ -51,6 +51,8 @@ def test_one_operation() -> None:
     x = mx.linspace(-20, 20, 101)
     assert np.allclose(np.array(one_operation(x)), np.exp(np.array(x)), rtol=1e-5)
     assert mx.array_equal(exponential(x, -1.0), one_operation(-x)).item()  # where nothing settles
+    half = x.astype(mx.bfloat16)
+    assert np.allclose(np.array(one_operation(half)), np.exp(np.array(half.astype(mx.float32))), rtol=1e-5)
 
 
 def test_what_is_compiled_stays_so_within_a_gradient() -> None:
