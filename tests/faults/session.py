@@ -107,6 +107,27 @@ def steps(out: Path) -> int:
     return path.read_bytes().count(b'"event": "step"') if path.exists() else 0
 
 
+# of a run that is stopped on its way
+STOPPED = {"training.steps": 6, "training.save_every": 2, "training.batch_size": 2, "samples.validation_split": 0.0}
+
+
+def stopped(folder: Path) -> Path:
+    """`folder` with a model, data and a run that was stopped after step 4."""
+    from mlxlora.training.events import Control, Event, Step
+    from tests import tiny
+
+    tiny.model_directory(folder / "model", "qwen3")
+    rows(folder / "data.jsonl")
+    control = Control()
+
+    def hear(event: Event) -> None:
+        if isinstance(event, Step) and event.step == 4:
+            control.stop()
+
+    run(folder / "model", folder / "data.jsonl", folder / "run", STOPPED, control=control, on_event=hear)
+    return folder
+
+
 def told(out: Path) -> list[dict[str, Any]]:
     """The events of metrics.jsonl that must be the same in every history of a run."""
     events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

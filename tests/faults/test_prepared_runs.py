@@ -15,29 +15,16 @@ from mlxlora.errors import FormatError, RunError
 from mlxlora.files import MANIFEST, file_records, load_safetensors, save_safetensors, sweep_scratch
 from mlxlora.training.checkpoint import FILES, read_checkpoint
 from mlxlora.training.counters import Counters
-from mlxlora.training.events import Control, Event, Step
 from mlxlora.training.run import RunDirectory
-from tests import tiny
 from tests.faults import session
 
-OPTIONS = {"training.steps": 6, "training.save_every": 2, "training.batch_size": 2, "samples.validation_split": 0.0}
+OPTIONS = session.STOPPED
 Tensors = dict[str, mx.array]
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data and a run that was stopped after step 4."""
-    folder = tmp_path_factory.mktemp("prepared")
-    tiny.model_directory(folder / "model", "qwen3")
-    session.rows(folder / "data.jsonl")
-    control = Control()
-
-    def hear(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 4:
-            control.stop()
-
-    session.run(folder / "model", folder / "data.jsonl", folder / "run", OPTIONS, control=control, on_event=hear)
-    return folder
+    return session.stopped(tmp_path_factory.mktemp("prepared"))
 
 
 @pytest.fixture

@@ -12,27 +12,14 @@ import pytest
 from mlxlora import cli
 from mlxlora.files import load_safetensors, save_safetensors
 from mlxlora.training.checkpoint import FILES
-from mlxlora.training.events import Control, Event, Step
-from tests import tiny
 from tests.faults import session
 
-OPTIONS = {"training.steps": 6, "training.save_every": 2, "training.batch_size": 2, "samples.validation_split": 0.0}
+OPTIONS = session.STOPPED
 
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data and a run that was stopped after step 4."""
-    folder = tmp_path_factory.mktemp("refusals")
-    tiny.model_directory(folder / "model", "qwen3")
-    session.rows(folder / "data.jsonl")
-    control = Control()
-
-    def hear(event: Event) -> None:
-        if isinstance(event, Step) and event.step == 4:
-            control.stop()
-
-    session.run(folder / "model", folder / "data.jsonl", folder / "run", OPTIONS, control=control, on_event=hear)
-    return folder
+    return session.stopped(tmp_path_factory.mktemp("refusals"))
 
 
 def tree(path: Path) -> dict[str, bytes]:
