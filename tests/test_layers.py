@@ -45,3 +45,12 @@ def test_imports_go_down() -> None:
             if words[0] == "mlxlora" and len(words) > 1 and words[1] != "__version__" and level(words[1]) > level(room):
                 wrong.append(f"{path.relative_to(ROOT)} ({room}) imports {name}: upward")
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_test_imports_from_a_module_that_skips_itself() -> None:
+    """Without PyTorch or llama.cpp such a module is skipped while it is imported, and its importer fails to collect."""
+    tests = sorted((ROOT / "tests").rglob("test_*.py"))
+    skipping = {path.stem for path in tests if "\npytest.importorskip" in path.read_text()}
+    assert "test_gguf_vocabulary" in skipping
+    wrong = [f"{path.name}: {name}" for path in tests for name in imports(path) if skipping & set(name.split("."))]
+    assert not wrong, "\n".join(wrong)

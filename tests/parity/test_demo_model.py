@@ -12,7 +12,7 @@ from mlxlora.model import load
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.llamacpp import LlamaCpp
 from mlxlora_convert.probe import log_probs
-from tests.parity.test_gguf_vocabulary import texts
+from tests.vocabularies import texts
 
 pytestmark = pytest.mark.parity
 MODEL = Path(str(resources.files("mlxlora.demo"))) / "model"

@@ -29,7 +29,7 @@ from mlxlora_convert.ollama import export_ollama
 from mlxlora_convert.ollama_options import OllamaOptions
 from tests import tiny
 from tests.convert.test_ollama import CONVERSATIONS, DATE, TEMPLATES
-from tests.parity.test_gguf_vocabulary import sentencepiece_directory
+from tests.vocabularies import sentencepiece_directory
 
 pytestmark = [
     pytest.mark.parity,
