@@ -240,7 +240,33 @@ def load_tokenizer(directory: Path, *, trust_remote_code: bool = False) -> Any:
     eos = load_config(directory).get("eos_token_id")
     with _as_errors(f"The tokenizer of {directory}"):
         # said out loud, because transformers asks on stdin where it is left open
-        return module("utils").load_tokenizer(directory, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
+        loaded = module("utils").load_tokenizer(directory, {"trust_remote_code": trust_remote_code}, eos_token_ids=eos)
+        pieces = getattr(loaded._detokenizer, "tokenmap", None)
+        if pieces is not None:  # the others decode, which leaves unknown ids out
+            loaded._detokenizer.tokenmap = _Pieces(pieces, loaded.get_vocab())
+    return loaded
+
+
+class _Pieces:
+    """A streaming detokenizer's pieces by id, in which an id that stands for nothing says nothing.
+
+    Networks are often wider than their vocabulary: filled up to a round number. Such an id may be drawn, and then
+    mlx-lm's detokenizers say "!" or raise IndexError. They count the vocabulary, too, and so leave out the last tokens
+    of one whose ids have gaps.
+    """
+
+    def __init__(self, pieces: Sequence[Any], vocabulary: dict[str, int]) -> None:
+        self._pieces = {number: piece for number, piece in enumerate(pieces) if piece is not None}
+        self._nothing = type(next(iter(self._pieces.values()), ""))()
+        for text, number in vocabulary.items():
+            if number >= len(pieces):
+                self._pieces[number] = text if isinstance(self._nothing, str) else text.encode()
+
+    def __len__(self) -> int:
+        return sys.maxsize
+
+    def __getitem__(self, number: int) -> Any:
+        return self._pieces.get(number, self._nothing)
 
 
 def with_stops(tokenizer: Any, stops: Sequence[int]) -> Any:

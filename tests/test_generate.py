@@ -1,5 +1,7 @@
 """Generation says what mlx-lm's own generator says, stops where it should, and leaves the process as it was."""
 
+import http.client
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +12,8 @@ from mlxlora import mlxlm, model
 from mlxlora.errors import ConfigError, DataError
 from mlxlora.generate import SamplingConfig, complete, generate, prompt_of, stream
 from mlxlora.prompts import ChatPrompts, chat_tokenizer
-from tests import tiny
+from mlxlora.serve import Server
+from tests import tiny, vocabularies
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,29 @@ def test_models_without_a_template(tmp_path: Path) -> None:
     assert ChatPrompts(plain.tokenizer, template="chatml")([{"role": "user", "content": "x"}]).text
     with pytest.raises(ConfigError, match="empty"):
         complete(plain, "")
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_an_id_beyond_the_vocabulary_says_nothing(tmp_path: Path, kind: str) -> None:
+    if kind == "sentencepiece":
+        directory, _ = vocabularies.sentencepiece_directory(tmp_path / "spm")
+    else:
+        directory = tiny.model_directory(tmp_path / "model", "llama", vocab_size=tiny.VOCABULARY + 5)
+    loaded = model.load(directory)
+    padding = loaded.tokenizer.vocab_size
+    assert padding < loaded.vocabulary
+    head = mx.zeros_like(loaded.network["lm_head"].weight)
+    head[padding], head[padding + 1] = 1.0, -1.0  # one of the two is the likeliest, whatever is said
+    loaded.network["lm_head"].weight = head
+    pieces = list(stream(loaded, "one two", SamplingConfig(max_tokens=4)))
+    assert len(pieces) == 4 and all(piece.token >= padding and piece.text == "" for piece in pieces)
+    with Server(loaded, port=0) as server:
+        connection = http.client.HTTPConnection("127.0.0.1", server.rules.port, timeout=60)
+        asked = {"prompt": "one two", "max_tokens": 4, "logprobs": True, "top_logprobs": 3}
+        connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        assert answer.status == 200 and json.load(answer)["choices"][0]["text"] == ""
+        connection.close()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ that the chosen format does not have is refused, not ignored.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ class ExportResult:
     bytes: their size together
     check: what the format's real reader saw, or None
     notes: what a person should know: what was folded, left out or not checked
+    next:  the command that comes next
     """
 
     format: str
@@ -43,12 +45,13 @@ class ExportResult:
     bytes: int
     check: ReadBack | None
     notes: tuple[str, ...]
+    next: str
 
     def __str__(self) -> str:
         count = f"{len(self.files)} file{'s' * (len(self.files) != 1)}"
         lines = [f"{self.out}: {FORMATS[self.format].title}, {count}, {human_bytes(self.bytes)}"]
         lines += [str(self.check)] if self.check else []
-        return "\n".join([*lines, *self.notes, "", f"next: {command('upload', self.out, repo='OWNER/NAME')}"])
+        return "\n".join([*lines, *self.notes, "", f"next: {self.next}"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +126,9 @@ def export(
         files = [scratch] if scratch.is_file() else sorted(path for path in scratch.rglob("*") if path.is_file())
         names = tuple(path.name if path == scratch else str(path.relative_to(scratch)) for path in files)
         size = sum(path.stat().st_size for path in files)
-    return ExportResult(to, out, names, size, seen, tuple(notes))
+    words = [word.replace("{out}", str(out)) for word in chosen.after]
+    after = shlex.join(words) if words else command("upload", out, repo="OWNER/NAME")
+    return ExportResult(to, out, names, size, seen, tuple(notes), after)
 
 
 def import_(

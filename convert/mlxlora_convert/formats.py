@@ -29,6 +29,7 @@ class Format:
     marks:     file names (glob) by which a directory or file of this format is recognised
     suffix:    the format is one file with this ending; empty: a directory
     adapter:   the format holds an adapter alone, so one is required
+    after:     words of the command that takes what was written, `{out}`, to where it is used; empty: `mlxlora upload`
     """
 
     title: str
@@ -39,6 +40,7 @@ class Format:
     marks: tuple[str, ...] = ()
     suffix: str = ""
     adapter: bool = False
+    after: tuple[str, ...] = ()
 
 
 # One entry a format.
@@ -88,6 +90,7 @@ FORMATS: dict[str, Format] = {
         "Ollama directory (GGUF and Modelfile)",
         writer="ollama",
         options=("ollama",),
+        after=("ollama", "create", "NAME", "-f", "{out}/Modelfile"),
     ),
     "lmstudio": Format(
         "LM Studio model",

@@ -107,7 +107,7 @@ def read(job: ImportJob) -> list[str]:
     )
     _check_ranks(adapter, settings)
     write_checked(job.out, adapter, model)
-    return notes
+    return [*notes, *model.unlike(settings.get("model"))]
 
 
 def _settings(source: Path) -> dict[str, Any]:

@@ -124,7 +124,7 @@ def write(job: ExportJob) -> list[str]:
     job.out.mkdir(exist_ok=True)
     with fused(job) as directory:
         done = export_ollama(directory, job.out, job.option(OllamaOptions))
-    return [*done.notes, f"Next, in that directory: ollama create NAME -f {MODELFILE}"]
+    return list(done.notes)
 
 
 def read_back(job: ExportJob, probe: Probe) -> ReadBack:

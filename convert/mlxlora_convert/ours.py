@@ -23,6 +23,11 @@ from mlxlora_convert import base
 from mlxlora_convert.lowrank import LowRank, Place
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_CACHED = re.compile(r"models--([^/\\]+)--([^/\\]+)[/\\]snapshots[/\\][^/\\]+")  # where the hub's client keeps a model
+# words of a name that tell the form of a model, not which one it is
+_FORM = re.compile(
+    r"\d*bits?|[bq]?f(?:loat)?\d+|mlx|hf|gguf|q\d|mxfp[48]|nvfp4|awq|gptq|dwq|bnb|unsloth|(?:de)?quantized"
+)
 
 
 @dataclass(eq=False)
@@ -57,13 +62,39 @@ class BaseModel:
     @property
     def hub_id(self) -> str:
         """The model's name on the hub, where the user or its config.json says one; never a place on this machine."""
+        cached = _CACHED.search(str(self.path.absolute()))
         told = self.source if not Path(self.source).exists() else str(self.config.get("_name_or_path") or "")
-        return told if HUB_ID.fullmatch(told) and not Path(told).exists() else ""
+        if HUB_ID.fullmatch(told) and not Path(told).exists():
+            return told
+        return "/".join(cached.groups()) if cached else ""
 
     @property
     def name(self) -> str:
         """What to call it in a file: its hub id, or the name of its directory without the way there."""
         return self.hub_id or self.path.resolve().name
+
+    def unlike(self, named: object) -> list[str]:
+        """A note where a file says that it was made for a model which is not called like this one.
+
+        Nothing else tells models of the same shapes apart. Forms of one model (4 bits, a fork) pass for the same.
+        """
+        if not isinstance(named, str) or not _bare(named):
+            return []
+        known = {_bare(name) for name in (self.name, self.path.resolve().name, str(self.config.get("_name_or_path")))}
+        if _bare(named) in known:
+            return []
+        return [
+            f"The file says that it was made for '{named}'. It fits {self.name} by its shapes; "
+            "if that is another model, the adapter is of no use there."
+        ]
+
+
+def _bare(name: str) -> str:
+    """The last part of a model's name or place without the words that tell its form."""
+    cached = _CACHED.search(name)
+    last = cached[2] if cached else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    words = re.split(r"[^a-z0-9]+", last.lower())
+    return "-".join(word for word in words if word and not _FORM.fullmatch(word))
 
 
 def read_one(specs: tuple[str, ...], model: BaseModel, *, any_base: bool = False) -> tuple[Adapter, dict[str, LowRank]]:

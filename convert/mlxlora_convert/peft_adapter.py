@@ -10,7 +10,6 @@ import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,10 +75,7 @@ def read(job: ImportJob) -> list[str]:
         imported.adapter, model, dropout=config.dropout, config={"rslora": bool(config.raw.get("use_rslora"))}
     )
     write_checked(job.out, adapter, model)
-    named = str(config.raw.get("base_model_name_or_path") or "")
-    if named and model.hub_id and named != model.hub_id and Path(named).name != Path(model.hub_id).name:
-        imported.notes.append(f"The file names '{named}' as its base; it was checked against {model.name} by shape.")
-    return imported.notes
+    return [*imported.notes, *model.unlike(config.raw.get("base_model_name_or_path"))]
 
 
 def _refuse_bloat(adapter: Any) -> None:

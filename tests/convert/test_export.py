@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,17 @@ def test_what_is_written_is_published_with_what_the_reader_saw(formats: types.Mo
     assert result.files == ("a.txt",) and result.bytes == 5 and result.notes == ("one note",)
     assert "read back by the reader, 64 tokens, max |Δ logprob| 1.0e-06" in str(result)
     assert (tmp_path / "out" / "a.txt").read_text() == "hello"
+
+
+def test_one_command_comes_next(formats: types.ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "two words"
+    done = doors.export("base", "shout", out)
+    assert shlex.split(done.next) == ["mlxlora", "upload", str(out), "--repo", "OWNER/NAME"]
+    entry = replace(table.FORMATS["shout"], after=table.FORMATS["ollama"].after)
+    monkeypatch.setitem(table.FORMATS, "shout", entry)
+    done = doors.export("base", "shout", tmp_path / "three words")
+    assert shlex.split(done.next) == ["ollama", "create", "NAME", "-f", str(tmp_path / "three words/Modelfile")]
+    assert str(done).lower().count("next: ") == 1 and str(done).endswith(f"\nnext: {done.next}")
 
 
 @pytest.mark.parametrize("seen", [0.5, float("nan")])

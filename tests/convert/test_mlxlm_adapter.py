@@ -90,7 +90,8 @@ def test_read_what_mlxlm_made(
 ) -> None:
     model = tiny.model_directory(tmp_path / "model", family, quantize=quantize)
     theirs = by_mlxlm(model, tmp_path / "theirs", **settings)
-    import_(tmp_path / "theirs", tmp_path / "ours", model=str(model))
+    (note,) = import_(tmp_path / "theirs", tmp_path / "ours", model=str(model)).notes
+    assert note.startswith("The file says that it was made for 'somewhere'.")
     np.testing.assert_allclose(ours(model, tmp_path / "ours"), theirs, atol=1e-5)
     assert read_adapter(tmp_path / "ours").base == BaseModel.open(str(model)).fingerprint
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,37 @@ def test_out_and_in_again_is_bit_for_bit(model: Path, adapter: Path, exported: P
     result = import_(exported, tmp_path / "back", model=str(model))
     assert result.format == "peft"
     assert same(read_adapter(adapter), read_adapter(tmp_path / "back"))
+
+
+@pytest.mark.parametrize(
+    ("base", "source", "named"),
+    [
+        ("tiny-llama", "", "org/tiny-llama"),
+        ("tiny-llama", "", "/home/jo/models/Tiny_Llama-4bit/"),
+        ("tiny-llama-4bit-mlx", "", "org/Tiny-Llama"),
+        ("x", "org/tiny-llama", "other/tiny-llama-bnb-4bit"),
+        ("models--org--tiny-llama/snapshots/0123abcd", "", "org/tiny-llama"),
+        ("tiny-llama", "", "models--org--tiny-llama/snapshots/4567abcd"),
+        ("tiny-llama", "", ""),
+    ],
+)
+def test_a_base_of_the_same_name_is_no_news(
+    base: str, source: str, named: str, model: Path, exported: Path, tmp_path: Path
+) -> None:
+    given = tmp_path / base
+    shutil.copytree(model, given)
+    if source:
+        config = json.loads((given / "config.json").read_text())
+        (given / "config.json").write_text(json.dumps({**config, "_name_or_path": source}))
+    theirs = damaged(exported, tmp_path / "p", lambda config, _: config.update(base_model_name_or_path=named))
+    assert import_(theirs, tmp_path / "out", model=str(given)).notes == ()
+
+
+@pytest.mark.parametrize("named", ["org/tiny-llama-instruct", "org/tiny-llama-2", "C:\\models\\other"])
+def test_another_base_of_the_same_shapes_is_told(named: str, model: Path, exported: Path, tmp_path: Path) -> None:
+    theirs = damaged(exported, tmp_path / "p", lambda config, _: config.update(base_model_name_or_path=named))
+    (note,) = import_(theirs, tmp_path / "out", model=str(model)).notes
+    assert note.startswith(f"The file says that it was made for '{named}'. It fits tiny-llama by its shapes;")
 
 
 def test_a_scale_on_the_way_out_is_folded_in(model: Path, adapter: Path, tmp_path: Path) -> None:

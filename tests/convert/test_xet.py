@@ -133,7 +133,7 @@ class Stored(Fetching):
             )
         if path.startswith("/xorb"):
             self.note()
-            return self.answer(hub.xorb)
+            return self.answer(hub.xorb, 403 if hub.refuses else 200)
         if path.startswith("/cas/v1/reconstructions/"):
             self.note()
             chunks = {"start": 0, "end": count_chunks(hub.xorb)}
@@ -161,7 +161,7 @@ class Warehouse(Repository):
     def __init__(self, folder: Path, name: str, named: str, xorb: bytes) -> None:
         super().__init__(folder, name)
         self.RequestHandlerClass = Stored
-        self.named, self.xorb, self.works = named, xorb, True
+        self.named, self.xorb, self.works, self.refuses = named, xorb, True, False
 
 
 def count_chunks(xorb: bytes) -> int:
@@ -183,10 +183,14 @@ def test_a_model_that_lies_there_arrives_or_it_is_said_why(
         settings = {key: value for key, value in environment(there.address, tmp_path).items() if "XET" not in key}
         there.works = False
         failed = run(["-c", FIND], tmp_path, **settings)
-        there.works = True
+        there.works = there.refuses = True
+        refused = run(["-c", FIND], tmp_path, HF_XET_CLIENT_RETRY_MAX_ATTEMPTS="1", **settings)
+        asked = there.asked.count(("GET", "/xorb"))
+        there.refuses = False
         done = run(["-c", FIND], tmp_path, **settings)
     assert failed.returncode == 1 and failed.stderr.startswith("said: someone/model could not be fetched: ")
+    assert refused.returncode == 1 and "403 Forbidden" in refused.stderr and asked == 2
     assert done.returncode == 0, done.stderr
-    assert ("GET", "/xorb") in there.asked
+    assert there.asked.count(("GET", "/xorb")) > asked
     found = list((tmp_path / "hub").glob("models--*/snapshots/*/model.safetensors"))
     assert len(found) == 1 and found[0].read_bytes() == (model / "model.safetensors").read_bytes()

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -15,12 +14,13 @@ from mlxlora_convert.gguf_import import import_gguf
 from mlxlora_convert.llamacpp import LlamaCpp, ReaderError
 from mlxlora_convert.probe import log_probs
 from tests import tiny
+from tests.parity import gelu_table
 
 pytestmark = pytest.mark.parity
 pytest.importorskip("xllamacpp", reason="pip install xllamacpp")
 
 TOKENS = [(37 * i + 11) % tiny.VOCABULARY for i in range(20)]
-# llama.cpp's CPU code looks GELU up in a table of float16 values, see the test of it. What that changes is in
+# llama.cpp's CPU code looks GELU up in a table of float16 values, see gelu_table.py. What that changes is in
 # proportion to the logits; 2e-3 bound the largest difference of all tokens at logits of standard deviation 0.5.
 EXACT, TABLE = 1e-5, 2e-3
 SMOLLM3 = {"num_hidden_layers": 5, "no_rope_layers": [1, 1, 1, 0, 1], "no_rope_layer_interval": 4}
@@ -92,54 +92,23 @@ def test_every_family_at_float32_out_and_in(tmp_path: Path, family: str, changes
         assert np.abs(log_probs(load_network(ours)[0], TOKENS) - theirs).max() < bound
 
 
-class Table:
-    """GELU (tanh form) as llama.cpp's CPU code has it: from a table of float16 values, except beyond ±10.
-
-    `unsure` tells [layer, token] where a value lies so close to a border between two float16 numbers that rounding
-    errors of the two programs may put it on either side.
-    """
-
-    def __init__(self) -> None:
-        self.unsure: list[Any] = []
-
-    def __call__(self, x: mx.array) -> mx.array:
-        given = np.array(x)
-        rounded = given.astype(np.float16).astype(np.float32)
-        inner = np.float32(0.7978845608028654) * rounded * (1 + np.float32(0.044715) * rounded * rounded)
-        value = np.float32(0.5) * rounded * (1 + np.tanh(inner))
-        unsure = unsure_of(given, 1e-6) | unsure_of(value, 1e-7)
-        self.unsure.append(unsure.any(axis=-1)[0])
-        looked_up = value.astype(np.float16).astype(np.float32)
-        return mx.array(np.where(given <= -10, np.float32(0), np.where(given >= 10, given, looked_up)))
+GELUS = [(family, changes, 1.0) for family, changes, bound in CASES if bound == TABLE]
+GELUS += [
+    (family, GEMMA if "gemma" in family else {}, logits) for family in gelu_table.FAMILIES for logits in (0.5, 4.0)
+]
 
 
-def unsure_of(values: Any, error: Any) -> Any:
-    """Which values, off by `error`, may round to the next float16 number; near zero that changes next to nothing."""
-    here, error = values.astype(np.float16), error * (1 + np.abs(values))
-    beside = [np.nextafter(here, np.float16(side)).astype(np.float64) for side in (-np.inf, np.inf)]
-    return (np.abs(values) > 1 / 256) & (np.min([np.abs((here + one) / 2 - values) for one in beside], axis=0) < error)
-
-
-@pytest.mark.parametrize(("family", "changes"), [(c[0], c[1]) for c in CASES if c[2] == TABLE])
+@pytest.mark.parametrize(("family", "changes", "logits"), GELUS)
 def test_the_gelu_table_is_the_only_difference(
-    tmp_path: Path, family: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, family: str, changes: dict[str, Any], logits: float
 ) -> None:
     directory = tiny.model_directory(tmp_path / "model", family, intermediate_size=16, **changes)
-    written = export_gguf(tiny.with_logits(directory, 1.0), tmp_path / "model.gguf", type="f32")
-    network, _ = load_network(directory)
-    table, exact, rounded = Table(), [], []
-    monkeypatch.setattr(nn, "gelu" if family == "starcoder2" else "gelu_approx", table)
+    written = export_gguf(tiny.with_logits(directory, logits), tmp_path / "model.gguf", type="f32")
     with LlamaCpp(written.path, threads=1) as reader:
-        for first in range(7, tiny.VOCABULARY, 16):
-            tokens = [first, (3 * first) % tiny.VOCABULARY]
-            table.unsure.clear()
-            ours = log_probs(network, tokens)
-            worst = np.abs(ours - reader.log_probs(tokens, ours.shape[-1])).max(axis=-1)
-            touched = np.logical_or.accumulate(np.any(table.unsure, axis=0))
-            exact += list(worst[~touched])
-            rounded += list(worst[touched])
-    assert len(exact) > 15 and max(exact) < EXACT
-    assert max(rounded) < TABLE  # one step of the table, here and there
+        sure, unsure = gelu_table.apart(family, load_network(directory)[0], reader)
+    larger = max(1.0, logits)  # float32 itself rounds larger numbers by more
+    assert len(sure) > 15 and max(sure) < EXACT * larger
+    assert max(unsure) < TABLE * larger  # one step of the table, here and there
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ import pytest
 from mlxlora.data.template import ChatTemplate
 from mlxlora.generate import prompt_of
 from mlxlora.model import LanguageModel, load
+from mlxlora_convert.formats import FORMATS
 from mlxlora_convert.ollama import export_ollama
 from mlxlora_convert.ollama_options import OllamaOptions
 from tests import tiny
@@ -60,8 +61,9 @@ class Ollama:
     environment: dict[str, str]
 
     def create(self, name: str, directory: Path) -> None:
-        command = ["ollama", "create", name, "-f", "Modelfile"]
-        done = subprocess.run(command, cwd=directory, env=self.environment, capture_output=True, text=True, timeout=300)
+        """By the command that the export says comes next."""
+        words = [word.replace("{out}", str(directory)).replace("NAME", name) for word in FORMATS["ollama"].after]
+        done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
 
     def ask(self, model: str, messages: Messages, **more: Any) -> dict[str, Any]:
