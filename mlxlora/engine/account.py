@@ -5,6 +5,9 @@ while it runs (`over`) and leaves some behind (`left`: what it keeps for the bac
 it lets go). Blocks of one structure, called in one way, take the same; so a step over one block of each kind, in which
 every part is waited for, says what all parts of the whole step take, and the peak is found by adding up in their order.
 
+What the first of the blocks makes for all of them (tables of rotary positions) lies there from then on; it is counted
+apart, so that no other block stands for it a second time.
+
 A real step does not wait between its parts, and how far the device lags behind costs memory, too. That is measured as
 the difference between a real step over the same few blocks and its account.
 """
@@ -70,6 +73,8 @@ def account(
     with _only(chain, few):
         _measured(step)  # traced, and what is made once is made: no step of a run will be the first
         taken = _observed(chain, step)
+        shared = layout.kept
+        layout.tables.clear()  # the next batch of a run makes its own
         real = _measured(step)
 
     def order(blocks: Sequence[int]) -> list[Taken]:
@@ -82,7 +87,7 @@ def account(
     loss = taken[FINISH].over
     slower = real.seconds / max(sum(part.seconds for part in small), 1e-9)
     return Account(
-        peak=top + max(real.over - peak(small), 0),
+        peak=top + shared + max(real.over - shared - peak(small), 0),
         few=real.over,
         by_loss=loss if level + loss >= top else 0,
         seconds=slower * sum(part.seconds for part in whole),

@@ -69,9 +69,9 @@ class Chain:
         """Keep what the blocks below the first that learns make of a text, up to `limit` bytes."""
         if self._starts_learning or self.first == 0 or limit <= 0:
             return
-        layout = Layout(linear, chunk=attention_chunk)
 
         def compute(tokens: mx.array) -> mx.array:
+            layout = Layout(linear, chunk=attention_chunk)
             x, calls = self.start(tokens, layout, None)
             for block, (call, sides) in zip(self.blocks[: self.first], calls, strict=False):
                 x, _ = self.functions.forward(block, call, layout, False, x, sides, None)

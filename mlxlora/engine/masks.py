@@ -28,9 +28,11 @@ from mlxlora.engine.attention import CausalMask, Pattern, attend
 from mlxlora.engine.device import on_cpu, settles
 from mlxlora.engine.hold import own_class, reads_global, rebound
 from mlxlora.engine.rotations import KEPT, Tables, tables
+from mlxlora.engine.structure import PRIVATE
 from mlxlora.engine.tape import current
 
 GEMMA2 = "mlx_lm.models.gemma2"
+FREQUENCIES = 1024  # numbers of an array that are looked at one by one
 MASK, ATTENTION = "create_attention_mask", "scaled_dot_product_attention"
 
 
@@ -52,9 +54,14 @@ class Layout:
     tables: dict[Any, tuple[Any, Tables | None]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def kept(self) -> int:
+        """Bytes of the tables so far, which live as long as the batch is in work."""
+        return sum(found.nbytes for _, found in self.tables.values() if found is not None)
+
+    @property
     def kind(self) -> Layout:
-        """Without what differs from batch to batch: equal for two batches that one trace serves."""
-        return replace(self, segments=None, firsts=None)
+        """Without what differs from batch to batch: equal for two batches that one trace serves, and kept as long."""
+        return replace(self, segments=None, firsts=None, tables={})
 
 
 @dataclass(slots=True)
@@ -269,7 +276,7 @@ def _tables(
     dims = getattr(module, "dims", getattr(module, "dim", None))
     if not isinstance(dims, int) or dims % 2 or len(shape) != 4:
         return None
-    state = {**vars(module), **module}
+    state = {key: value for key, value in {**vars(module), **module}.items() if key not in PRIVATE}
     name = (own_class(module), *((key, _same(value)) for key, value in state.items()), *shape[-2:], shape[0] == 1)
     if name not in layout.tables:
         while len(layout.tables) >= KEPT:
@@ -279,6 +286,9 @@ def _tables(
 
 
 def _same(value: Any) -> Any:
+    """Equal for two settings that turn alike: many models hold the same frequencies once for each layer."""
+    if isinstance(value, mx.array) and value.size <= FREQUENCIES:
+        return value.shape, str(value.tolist())
     return value if isinstance(value, (int, float, str, bool, type(None))) else id(value)
 
 

@@ -29,6 +29,11 @@ class Tables:
     own: mx.array
     others: mx.array
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both."""
+        return int(self.own.nbytes + self.others.nbytes)
+
     def turn(self, x: mx.array) -> mx.array:
         """The rotation of x [.., T, d]."""
 

@@ -14,7 +14,7 @@ from mlxlora.engine.hold import own_class
 from mlxlora.engine.slots import Slots
 
 _PLAIN = (int, float, str, bool, bytes, type(None), mx.Dtype)
-_PRIVATE = frozenset({"_no_grad", "_training", "_held_call", "_dropout_key"})
+PRIVATE = frozenset({"_no_grad", "_training", "_held_call", "_dropout_key"})  # on a module beside what it computes with
 
 
 def structure(block: nn.Module) -> tuple[Any, ...]:
@@ -43,7 +43,7 @@ def _attributes(value: Any, inside: Mapping[int, str], *, apart: bool = False) -
     if isinstance(value, nn.Module):
         cls = own_class(value)
         read = _names_read(cls)
-        own = {name: item for name, item in vars(value).items() if name not in _PRIVATE and name in read}
+        own = {name: item for name, item in vars(value).items() if name not in PRIVATE and name in read}
         children = {name: item for name, item in value.items() if apart or not isinstance(item, mx.array)}
         parts = {name: _attributes(item, inside, apart=True) for name, item in own.items()}
         parts |= {name: _attributes(item, inside, apart=apart) for name, item in children.items()}

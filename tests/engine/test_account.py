@@ -59,6 +59,42 @@ def test_a_few_blocks_tell_what_all_take(family: str, adapter: AdapterConfig, gr
     engine.close()
 
 
+def test_what_all_blocks_share_is_counted_once() -> None:
+    """Tables of rotary positions: one pair for the sliding layers, one for the others, whatever their number."""
+    small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 64, "sliding_window_pattern": 2}
+    network = tiny.network("gemma3", num_hidden_layers=6, **small)
+    inject(network, AdapterConfig(rank=4))
+    places = mx.arange(0, 300, 100)
+    tokens = mx.arange(300).reshape(1, 300) % tiny.VOCABULARY
+    batch = Batch(tokens, places, tokens.flatten()[places + 1], mx.ones(places.size))
+    engine = Engine(network, EngineConfig(checkpoint_blocks="inputs"))
+    found = engine.account(sft, batch, mx.random.key(0))
+    assert found is not None
+    assert found.peak == pytest.approx(real(engine, batch), abs=100_000)  # the tables: 307,200
+    engine.close()
+
+
+def test_nothing_of_a_batch_outlives_its_step() -> None:
+    """Whatever lengths the batches of a run have."""
+    engine, _ = prepared("llama", AdapterConfig(rank=4, layers=3), "products")
+
+    def step(length: int) -> None:
+        tokens = mx.arange(length).reshape(1, length) % tiny.VOCABULARY
+        places = mx.arange(0, length - 2, 2)
+        batch = Batch(tokens, places, tokens.flatten()[places + 1], mx.ones(places.size))
+        mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
+        mx.eval(engine.evaluate(sft, batch))
+
+    step(300)
+    mx.synchronize()
+    before = mx.get_active_memory()
+    for length in range(290, 300):
+        step(length)
+    mx.synchronize()
+    assert mx.get_active_memory() - before < 30_000  # ten pairs of tables are 380,000
+    engine.close()
+
+
 @pytest.mark.parametrize("checkpoint", ["inputs", "none"])
 def test_no_array_waits_for_the_garbage_collector(checkpoint: Any) -> None:
     """A cycle of references would let a block's insides live on by chance."""

@@ -64,3 +64,19 @@ def test_documents_restart_and_a_batch_makes_its_tables_once(name: str, monkeypa
                 network.rope(x[:, :, :length])
             assert len(layout.tables) == KEPT
     assert network.rope(x).shape == x.shape and len(layout.tables) == KEPT
+
+
+@pytest.mark.parametrize("name", ["plain", "llama3", "su"])
+def test_layers_of_the_same_frequencies_share_their_tables(name: str) -> None:
+    network = nn.Module()
+    network.ropes = [ROPES[name]() for _ in range(3)]
+    network.other = nn.RoPE(WIDTH, base=77.0)
+    x = mx.random.normal((1, 2, LENGTH, WIDTH))
+    layout = Layout(linear=True)
+    with Steering(network).with_layout(layout), settling():
+        for rope in network.ropes:
+            rope(x)
+        assert len(layout.tables) == 1 and layout.kept == 2 * LENGTH * WIDTH * 4
+        assert agree(network.other(x), nn.RoPE(WIDTH, base=77.0)(x))
+        assert len(layout.tables) == 2
+    assert not layout.kind.tables  # what is compiled or known for the next batch does not hold these
