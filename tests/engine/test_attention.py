@@ -33,6 +33,7 @@ def plain(
     return mx.softmax(mx.concatenate([extra, scores], axis=-1), axis=-1)[..., 1:] @ v
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     ("window", "softcap", "sink", "packed"),
     itertools.product([None, 13], [None, 2.0], [False, True], [False, True]),
@@ -64,6 +65,7 @@ def test_values_and_gradients(window: int | None, softcap: float | None, sink: b
             assert float(mx.abs(a - b).max()) < 2e-5
 
 
+@pytest.mark.usefixtures("machine")
 def test_half_precision_stays_near() -> None:
     q = mx.random.normal((1, HEADS, LENGTH, 8), key=mx.random.key(1))
     k = mx.random.normal((1, GROUPS, LENGTH, 8), key=mx.random.key(2))

@@ -81,17 +81,20 @@ def adapted(family: str, quantize: dict[str, Any] | None = None, **settings: Any
     return network
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family(family: str) -> None:
     agree(adapted(family), EngineConfig())
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("grade", ["none", "products", "inputs"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.3])
 def test_grades_of_recomputation_with_dropout(grade: Any, dropout: float) -> None:
     agree(adapted("llama", dropout=dropout), EngineConfig(checkpoint_blocks=grade), dropout=True)
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "qwen3_moe"])
 def test_packed_rows_are_their_samples_apart(family: str) -> None:
     network = adapted(family)
@@ -159,6 +162,7 @@ def test_padding_is_left_out_of_the_step(compiled: Any, monkeypatch: pytest.Monk
     assert seen == {"llama": [(1, 384 if compiled == "always" else 352)], "gpt2": [(3, 200)]}
 
 
+@pytest.mark.usefixtures("machine")
 def test_compiled_step_with_new_weights() -> None:
     """A compiled step sees the parameters of the moment, and one trace serves batches of one shape."""
     network = adapted("llama")
@@ -172,11 +176,31 @@ def test_compiled_step_with_new_weights() -> None:
         assert reference.gradient_error(slopes, grads) < 1e-5
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_base(bits: int) -> None:
     agree(adapted("llama", {"group_size": 32, "bits": bits}), EngineConfig())
 
 
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize("quantize", [None, {"group_size": 32, "bits": 4}], ids=["dense", "4 bits"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
+def test_half_precision_is_as_near_to_the_truth_as_the_plain_computation(family: str, quantize: Any) -> None:
+    """Loss and gradients in bfloat16 against the same model's in float32."""
+    network = adapted(family, quantize)
+    network.set_dtype(mx.bfloat16)
+    exact = deepcopy(network)
+    exact.set_dtype(mx.float32)
+    batch = reference.padded(reference.samples(EVEN, tiny.VOCABULARY))
+    truth, _, slopes = reference.step(exact, batch)
+    plain, _, plain_slopes = reference.step(network, batch)
+    total, _, _, found = Engine(network).value_and_grad(sft, batch)
+    assert abs(total.item() - truth.item()) <= max(2 * abs(plain.item() - truth.item()), 2e-3 * truth.item())
+    assert {array.dtype for array in flat(found).values()} == {mx.bfloat16}
+    assert reference.gradient_error(found, slopes) <= 1.5 * reference.gradient_error(plain_slopes, slopes)
+
+
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -192,6 +216,7 @@ def test_what_learns(settings: dict[str, Any]) -> None:
     agree(adapted("llama", **settings), EngineConfig())
 
 
+@pytest.mark.usefixtures("machine")
 @pytest.mark.parametrize(
     "settings",
     [
@@ -203,6 +228,7 @@ def test_what_learns(settings: dict[str, Any]) -> None:
 )
 def test_latent_attention(settings: dict[str, Any]) -> None:
     """The split `kv_b_proj`, and a router that holds its matrix itself, in blocks that share what is compiled."""
+    settings = dict(settings)
     grade, dropout = settings.pop("checkpoint"), bool(settings.get("dropout"))
     wide = {"kv_lora_rank": 32, "q_lora_rank": 32, "qk_nope_head_dim": 32, "v_head_dim": 32}
     network = adapted("deepseek_v3", changes={**wide, "num_hidden_layers": 3}, **settings)
