@@ -8,7 +8,7 @@ packed documents as mlx-lm's models ask for them. MLX keeps the T × T probabili
 pass; here they are made again from q and k, C rows at a time, so nothing of size T × T exists. A chunk needs no key
 behind it, none before its window, and, in packed rows, none before the documents it belongs to: a causal mask costs
 half of the full square, packed rows a small part. (FlashAttention's idea, https://arxiv.org/abs/2205.14135, in MLX's
-own operations: the same code runs on Metal, CUDA and CPUs.)
+own operations: the same code runs on Metal, CUDA and CPUs. Forward, MLX's fused kernel does it where there is one.)
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from mlxlora.engine.exponential import exponential
 Result = tuple[mx.array, mx.array]
 SCORES_AT_A_TIME = 1 << 22  # numbers in one chunk of scores: 16 MiB in float32
 CHUNK = 256
+LEAST = 16  # queries of a chunk: what would be left over goes with the chunk before
+FUSED_WIDTH = 128  # of heads; for wider ones MLX itself takes products rather than its fused kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,8 +148,8 @@ class _Call:
         end = min(start + self.chunk, self.length)
         firsts = self.pattern.firsts
         if firsts is not None and end < self.length and firsts[end] > start + self.chunk // 2:
-            return firsts[end]
-        return end
+            end = firsts[end]
+        return end if self.length - end >= LEAST else self.length
 
     def folded(self, queries: mx.array) -> mx.array:
         """[B, k·G, C, d] → [B, k, G·C, d]: the heads of a group are more rows of one product."""
@@ -227,36 +229,50 @@ class _Call:
 
 
 def _forward(call: _Call) -> Result:
-    plain = call.segments is None and call.pattern.window is None and call.pattern.softcap is None
-    unknown = mx.zeros((0,))
-    if plain and not on_cpu():  # one fused kernel does it all
-        out = mx.fast.scaled_dot_product_attention(
-            call.queries, call.keys, call.values, scale=call.scale, mask="causal", sinks=call.sinks
-        )
-        return out, unknown
-    fused = not on_cpu() and call.pattern.softcap is None
+    fused = _fused(call)
+    if fused is not None:
+        return fused, mx.zeros((0,))
     before: list[mx.array] = []
     slabs: list[mx.array] = []
     logs: list[mx.array] = []
-    for heads in call.slabs() if not fused else [(0, call.key_heads)]:
+    for heads in call.slabs():
         parts: list[tuple[mx.array, mx.array]] = []
         for chunk in call.chunks():
             queries = call.queries[:, heads[0] * call.group : heads[1] * call.group, chunk[1] : chunk[2]]
             queries = mx.depends(queries, before) if before else queries
-            if fused:
-                keys, values = call.keys[:, :, chunk[0] : chunk[2]], call.values[:, :, chunk[0] : chunk[2]]
-                seen = call.allowed(chunk[0], chunk[2], *chunk[1:])
-                out = mx.fast.scaled_dot_product_attention(
-                    queries, keys, values, scale=call.scale, mask=seen, sinks=call.sinks
-                )
-                parts.append((out, unknown))
-            else:
-                parts.append(_chunk(call, queries, heads, chunk))
-                settle(*parts[-1])
+            parts.append(_chunk(call, queries, heads, chunk))
+            settle(*parts[-1])
             before = [parts[-1][0]]
         slabs.append(_joined([out for out, _ in parts], 2))
-        logs.append(_joined([log for _, log in parts], 2) if not fused else unknown)
-    return _joined(slabs, 1), _joined(logs, 1) if not fused else unknown
+        logs.append(_joined([log for _, log in parts], 2))
+    return _joined(slabs, 1), _joined(logs, 1)
+
+
+def _fused(call: _Call) -> mx.array | None:
+    """The output by MLX's fused kernel; None where there is none for such heads, or products are faster.
+
+    The kernel is asked for by force: within a gradient MLX would rather make the scores of all pairs at once.
+    """
+    if on_cpu() or call.pattern.softcap is not None or call.width > FUSED_WIDTH:
+        return None
+
+    def kernel(queries: mx.array, keys: mx.array, values: mx.array, mask: str | mx.array) -> mx.array:
+        return mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=call.scale, mask=mask, sinks=call.sinks, force_fused=True
+        )
+
+    try:
+        if call.segments is None and call.pattern.window is None:
+            return kernel(call.queries, call.keys, call.values, "causal")
+        parts: list[mx.array] = []
+        for first, start, end in call.chunks():
+            queries = call.queries[:, :, start:end]
+            queries = mx.depends(queries, parts[-1:]) if parts else queries
+            keys, values = call.keys[:, :, first:end], call.values[:, :, first:end]
+            parts.append(kernel(queries, keys, values, call.allowed(first, end, start, end)))
+        return _joined(parts, 2)
+    except ValueError:  # no kernel
+        return None
 
 
 def _chunk(

@@ -8,8 +8,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from mlxlora.engine import attention
 from mlxlora.engine.attention import Pattern, attend
 from mlxlora.engine.masks import layout_of
+from tests.machines import pretend_accelerator
 
 HEADS, GROUPS, LENGTH = 4, 2, 70
 SEGMENTS = mx.array([[0] * 20 + [1] * 30 + [2] * 15 + [-1] * 5, [0] * 40 + [1] * 30])
@@ -73,3 +75,30 @@ def test_half_precision_stays_near() -> None:
     half = attend(*(array.astype(mx.bfloat16) for array in (q, k, k)), scale=0.3, pattern=Pattern())[0]
     assert half.dtype == mx.bfloat16
     assert float(mx.abs(half.astype(mx.float32) - exact).max()) < 0.05
+
+
+@pytest.mark.parametrize(("kernel", "width"), [(True, 64), (True, 256), (False, 64)])
+def test_no_scores_of_all_pairs_where_mlx_would_make_them(
+    monkeypatch: pytest.MonkeyPatch, kernel: bool, width: int
+) -> None:
+    """Within a gradient, and for wide heads, MLX's own choice on Metal is not its fused kernel: it is asked for by
+    force, or attention goes chunk by chunk."""
+    asked = pretend_accelerator(monkeypatch, kernel=kernel)
+    seen: list[int] = []
+    scores = attention._Call.scores
+
+    def watched(self: Any, queries: mx.array, *where: Any) -> Any:
+        seen.append(queries.shape[-2] // (HEADS // GROUPS))
+        return scores(self, queries, *where)
+
+    monkeypatch.setattr(attention._Call, "scores", watched)
+    q = mx.random.normal((1, HEADS, LENGTH, width), key=mx.random.key(1))
+    k = mx.random.normal((1, GROUPS, LENGTH, width), key=mx.random.key(2))
+    found = mx.grad(lambda q: attend(q, k, k, scale=0.3, pattern=Pattern(chunk=16))[0].sum())(q)
+    expected = mx.grad(lambda q: plain(q, k, k, None, None, None, None).sum())(q)
+    assert float(mx.abs(found - expected).max()) < 1e-5 * float(mx.abs(expected).max())
+    assert asked == (["causal"] if kernel and width == 64 else [])
+    assert set(seen) == {16, 22}  # queries of a chunk, the last with what would be left over
+    assert len(seen) == (
+        7 if asked else 14
+    )  # their keys before and on the diagonal; there again unless fused, and back
