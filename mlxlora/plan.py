@@ -24,8 +24,9 @@ from mlxlora.progress import Progress
 from mlxlora.reporting.clock import clock
 from mlxlora.training.choice import GRADES, Prepared, advice, prepare, shapes
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.forecast import Forecast, Forecaster, Shape, outlook
+from mlxlora.training.forecast import Forecast, Forecaster, outlook
 from mlxlora.training.optimizer import OptimizerConfig
+from mlxlora.training.shapes import Shape
 from mlxlora.training.steps import count_steps, count_validations
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)

@@ -22,8 +22,9 @@ from mlxlora.errors import UnsupportedError
 from mlxlora.files import human_bytes
 from mlxlora.parameters import bytes_of, flat
 from mlxlora.training.config import ROWS, TrainingConfig
-from mlxlora.training.forecast import Forecast, Forecaster, Shape, largest
+from mlxlora.training.forecast import Forecast, Forecaster
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig, build
+from mlxlora.training.shapes import Shape, largest
 
 ShapesOf = Callable[[TrainingConfig, bool], tuple[Shape, Shape | None]]
 GRADES: tuple[CheckpointBlocks, ...] = ("products", "inputs")  # fastest first

@@ -3,82 +3,33 @@
     peak = resident + max(step, update, validation)
     resident    weights, adapter, moments: what lies there between two steps; counted
     step        activations, loss, gradients: the engine's own account of its parts, block by block (engine/account.py)
-    update      gradients and what the optimizer makes of them: measured on a part of the arrays, by proportion
+    update      gradients and what the optimizer makes of them: measured on a part of the arrays (measured.py)
     validation  the forward pass of the longest validation batch, by the engine's account
 
 A model whose step is one graph has no parts: its step is a line through two steps with a few of its blocks in place,
-or, where it cannot run without all of its blocks, a step of the whole.
+or, where it cannot run without all of its blocks, a step of the whole (measured.py).
 """
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-import numpy as np
-import numpy.typing as npt
 
-from mlxlora.adapters import block_paths
-from mlxlora.adapters.inject import get_module, kept_aside
-from mlxlora.data import Batch, BatchConfig, plan_epoch
-from mlxlora.data.batches import EpochPlan, position_count
-from mlxlora.data.dataset import Dataset
+from mlxlora.adapters.inject import kept_aside
+from mlxlora.data import Batch
 from mlxlora.data.feed import Feed
-from mlxlora.engine import Engine, EngineConfig
+from mlxlora.engine import Engine
 from mlxlora.engine.account import Account
 from mlxlora.engine.config import CheckpointBlocks
-from mlxlora.engine.packing import computed
-from mlxlora.parameters import Flat, bytes_of, flat
-from mlxlora.training.optimizer import Optimizer, OptimizerConfig
+from mlxlora.parameters import bytes_of, flat
+from mlxlora.training.measured import one_graph, update_needs
+from mlxlora.training.optimizer import Optimizer
+from mlxlora.training.shapes import Shape, computed_of, ladder, synthetic, tokens_computed
 
-FEW, MORE = 2, 4  # blocks in place in the two steps of a model whose step is one graph
-SAMPLE = 1 << 26  # bytes of the arrays that the update is measured on
 SHORTEST = 16  # tokens of a row
-SMALL = 512  # tokens of a batch that is tried without asking whether it fits
-LARGEST = 64  # batches that are looked at for the most learned tokens
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A batch.
-
-    rows, length: with padding
-    learned:      the share of its tokens, padding left out, that is learned
-    documents:    in a row
-    filled:       the share of it that is no padding
-    """
-
-    rows: int
-    length: int
-    learned: float
-    documents: int = 1
-    filled: float = 1.0
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the batch, padding included."""
-        return self.rows * self.length
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are learned."""
-        return max(1, round(self.learned * self.filled * self.tokens))
-
-    def row(self, length: int) -> Shape:
-        """One row of that length, all of it filled."""
-        return replace(self, rows=1, length=length, filled=1.0)
-
-    def part(self, of: int) -> Shape:
-        """About one in `of` of its tokens: fewer rows, then shorter ones."""
-        rows = max(1, self.rows // of)
-        length = max(8, self.length * self.rows // (rows * of))
-        return replace(self, rows=rows, length=min(length, self.length))
 
 
 @dataclass(frozen=True)
@@ -233,169 +184,6 @@ def outlook(feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, v
     return Outlook(round(tokens * share), speed, seconds)
 
 
-def tokens_computed(shape: Shape, unpadded: bool) -> int:
-    """Tokens of a batch of that shape that are computed, where padding may be left out (or not)."""
-    return int(computed(round(shape.filled * shape.tokens), shape.tokens)) if unpadded else shape.tokens
-
-
-def computed_of(plan: EpochPlan, dataset: Dataset, unpadded: bool) -> npt.NDArray[np.int64]:
-    """The same of each batch of an epoch."""
-    return computed(plan.filled(dataset.lengths), plan.sizes) if unpadded else plan.sizes
-
-
-def ladder(shape: Shape) -> list[Shape]:
-    """Shapes to try on the way up to `shape`, so that the last is known to be safe from those before it."""
-    found = [shape]
-    while found[0].tokens > SMALL and (smaller := found[0].part(4)).tokens < found[0].tokens:
-        found.insert(0, smaller)
-    return found
-
-
 def scaled(account: Account, by: float) -> Account:
     """The account of a batch so many times as large."""
     return Account(round(account.peak * by), round(account.few * by), round(account.by_loss * by), account.seconds * by)
-
-
-def largest(dataset: Dataset, config: BatchConfig, *, unpadded: bool, seed: int = 0, shuffle: bool = True) -> Shape:
-    """The largest batch of the first epoch, and the most tokens that are learned in any of about that size."""
-    plan = plan_epoch(dataset.lengths, config, seed=seed, epoch=0, repeats=dataset.repeats, shuffle=shuffle)
-    unpadded = unpadded and not config.packing  # packed rows are computed as they are
-    sizes = computed_of(plan, dataset, unpadded)
-    largest = int(np.argmax(sizes))
-    rows, tokens = int(plan.rows[largest]), int(plan.filled(dataset.lengths)[largest])
-    learned, documents = 0, 1
-    for position in np.flatnonzero(sizes >= 0.95 * sizes[largest])[:LARGEST]:
-        planned = plan[int(position)]
-        learned = max(learned, int(dataset.trained[list(planned.samples)].sum()))
-        documents = max(documents, round(len(planned.samples) / len(planned.rows)))
-    length = plan[largest].length
-    return Shape(rows, length, min(learned / max(tokens, 1), 1.0), documents, tokens / (rows * length))
-
-
-def synthetic(shape: Shape, vocabulary: int) -> Batch:
-    """A batch of random tokens of that shape: one row of the full length, the others share what is left."""
-    random = np.random.default_rng(0)
-    rows, length = shape.rows, shape.length
-    tokens = random.integers(0, vocabulary, (rows, length)).astype(np.int32)
-    filled = max(round(shape.filled * shape.tokens), 2 * rows)
-    others = np.diff(np.linspace(0, max(filled - length, 2 * (rows - 1)), rows).round().astype(np.int64))
-    lengths = np.concatenate([[min(filled, length)], others])
-    inside = np.concatenate([row * length + np.arange(size - 1) for row, size in enumerate(lengths)])
-    ends = np.arange(rows) * length + lengths - 2  # a row ends where something is learned last
-    between = np.setdiff1d(inside, ends)
-    count = min(max(shape.targets, rows), len(inside))
-    places = np.sort(np.concatenate([ends, random.permutation(between)[: count - rows]]))
-    positions = np.zeros(position_count(count), np.int32)
-    positions[:count] = places
-    targets = tokens.reshape(-1)[positions + 1]
-    segments = None
-    if shape.documents > 1:
-        segments = mx.array(np.tile(np.arange(length) * shape.documents // length, (rows, 1)).astype(np.int32))
-    weights = mx.array((np.arange(len(positions)) < count).astype(np.float32))
-    batch = Batch(mx.array(tokens), mx.array(positions), mx.array(targets), weights, segments)
-    mx.eval(batch.tokens, batch.loss_positions, batch.targets, batch.weights)
-    return batch
-
-
-def above(work: Callable[[], Any]) -> tuple[int, float]:
-    """(bytes, seconds): what `work` needs at its peak beside what lies there already, and how long it takes."""
-    mx.synchronize()
-    mx.reset_peak_memory()
-    before, begun = mx.get_active_memory(), time.perf_counter()
-    mx.eval(work())
-    seconds = time.perf_counter() - begun
-    return max(mx.get_peak_memory() - before, 0), seconds
-
-
-def update_needs(config: OptimizerConfig, parameters: Flat) -> tuple[int, float]:
-    """(bytes, seconds): what an update needs beside parameters and moments, the gradient included, and its time.
-
-    Measured on as many arrays, all smaller by one factor: how many are under way at a time is a matter of their number.
-    """
-    size = bytes_of(parameters)
-    if not size:
-        return 0, 0.0
-    factor = -(-size // SAMPLE)
-    own = {
-        name: mx.zeros((-(-value.shape[0] // factor), *value.shape[1:]) if value.ndim else (), value.dtype)
-        for name, value in parameters.items()
-    }
-    optimizer = Optimizer(config, 1)
-    optimizer.init(own)
-    mx.eval(own)
-
-    def update() -> Any:
-        nonlocal own
-        gradients = {name: mx.zeros_like(value) for name, value in own.items()}
-        mx.eval(gradients)
-        own, norm, finite = optimizer.update(own, gradients, mx.array(0.0), mx.array(1.0), 0)
-        del gradients
-        return own, optimizer.state, norm, finite
-
-    found = [above(update) for _ in range(2)]  # the first one compiles
-    scale = size / bytes_of(own)
-    return round(max(most for most, _ in found) * scale), found[-1][1] * scale
-
-
-# ---- a step that is one graph --------------------------------------------------------------------------------------
-
-
-def one_graph(engine: Engine, objective: Any, batch: Batch, gradients: bool) -> Account:
-    """The account of a step that has no parts: by a line through steps with a few of the blocks in place."""
-    network, config = engine.network, replace(engine.config, frozen_cache=0.0)
-    blocks = _running(network)
-    if blocks <= MORE:
-        return _whole(network, config, objective, batch, gradients)
-    try:
-        with only_last(network, FEW):
-            few = _whole(network, config, objective, batch, gradients)
-        with only_last(network, MORE):
-            more = _whole(network, config, objective, batch, gradients)
-    except (IndexError, ValueError, AttributeError, TypeError, KeyError):
-        return _whole(network, config, objective, batch, gradients)  # its forward pass needs all of its blocks
-    times = (blocks - MORE) / (MORE - FEW)
-    return Account(
-        peak=more.peak + round(max(more.peak - few.peak, 0) * times),
-        few=more.few,
-        by_loss=0,
-        seconds=more.seconds + max(more.seconds - few.seconds, 0.0) * times,
-    )
-
-
-def _running(network: nn.Module) -> int:
-    """How many blocks have a backward pass: all from the first that learns."""
-    paths = block_paths(network)
-    learned = list(flat(network.trainable_parameters()))
-    inside = [any(name.startswith(f"{path}.") for name in learned) for path in paths]
-    outside = any(not any(name.startswith(f"{path}.") for path in paths) for name in learned)
-    return len(paths) if outside or not any(inside) else len(paths) - inside.index(True)
-
-
-def _whole(network: nn.Module, config: EngineConfig, objective: Any, batch: Batch, gradients: bool) -> Account:
-    engine = Engine(network, config)
-
-    def step() -> Any:
-        if not gradients:
-            return engine.evaluate(objective, batch)
-        return engine.value_and_grad(objective, batch, mx.random.key(0))
-
-    try:
-        compiling, _ = above(step)
-        size, seconds = above(step)
-    finally:
-        engine.close()
-    return Account(max(compiling, size), max(compiling, size), 0, seconds)
-
-
-@contextlib.contextmanager
-def only_last(network: nn.Module, count: int) -> Iterator[None]:
-    """Within the block, the network has only its last `count` blocks: where only some learn, it is those."""
-    path = block_paths(network)[0].rsplit(".", 1)[0]
-    owner = get_module(network, path.rpartition(".")[0])
-    name = path.rpartition(".")[2]
-    whole = owner[name]
-    try:
-        owner[name] = list(whole)[-count:]
-        yield
-    finally:
-        owner[name] = whole

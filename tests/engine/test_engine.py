@@ -264,7 +264,7 @@ def test_frozen_blocks_are_computed_once(where: str, tmp_path: Any) -> None:
 def test_live_adapters_are_each_block_s_own(family, tmp_path):
     """Arrays beside the parameters (adapters that live on a model) must not be shared by blocks of one structure."""
     from mlxlora.adapters import attach, collect, save_adapter
-    from mlxlora.training.forecast import Shape, synthetic
+    from mlxlora.training.shapes import Shape, synthetic
 
     trained = tiny.network(family, num_hidden_layers=3)
     inject(trained, AdapterConfig(rank=4, targets=["all-linear", *["mlp.gate"] * (family != "llama")]))

@@ -13,8 +13,9 @@ from mlxlora.errors import UnsupportedError
 from mlxlora.objectives.sft import sft
 from mlxlora.training.choice import Prepared, prepare, refusal, refuse_hopeless, settings
 from mlxlora.training.config import TrainingConfig
-from mlxlora.training.forecast import Forecaster, Shape
+from mlxlora.training.forecast import Forecaster
 from mlxlora.training.optimizer import OptimizerConfig
+from mlxlora.training.shapes import Shape
 from tests import tiny
 
 LENGTH = 256

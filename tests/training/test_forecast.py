@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 import pytest
 
 from mlxlora.adapters import AdapterConfig, inject
@@ -16,16 +15,16 @@ from mlxlora.data import BatchConfig, SamplesConfig, load
 from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.engine.account import Account
-from mlxlora.engine.packing import end_to_end
 from mlxlora.finetune import finetune
 from mlxlora.objectives.sft import sft
 from mlxlora.parameters import flat
 from mlxlora.tokenizer import Tokenizer
-from mlxlora.training import forecast as forecasting
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Event, Finished, Started
-from mlxlora.training.forecast import Forecast, Forecaster, Shape, ladder, largest, only_last, outlook, synthetic
+from mlxlora.training.forecast import Forecast, Forecaster, outlook
+from mlxlora.training.measured import only_last
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
+from mlxlora.training.shapes import Shape
 from tests import tiny
 
 PLENTY = 10**10
@@ -85,19 +84,6 @@ def test_uneven_rows_are_foretold_as_they_are_computed(tmp_path: Path, family: s
     assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.1)  # type: ignore[union-attr]
 
 
-def test_a_batch_with_padding_is_as_full_as_the_one_it_stands_for() -> None:
-    shape = Shape(4, 100, 0.5, filled=0.4)
-    batch = synthetic(shape, tiny.VOCABULARY)
-    assert batch.tokens.shape == (4, 100)
-    assert batch.weights.sum().item() == shape.targets == 80
-    places = np.array(batch.loss_positions)[np.array(batch.weights) > 0]
-    assert {*(places // 100)} == {0, 1, 2, 3}
-    laid = end_to_end(batch, traced=False)
-    assert laid.tokens.shape[0] == 1 and laid.tokens.shape[1] == pytest.approx(160, abs=8)
-    one = synthetic(shape.row(64), tiny.VOCABULARY)
-    assert end_to_end(one, traced=False).tokens.shape == (1, 64)
-
-
 def test_probing_leaves_network_and_optimizer_as_they_were() -> None:
     told = forecaster("qwen3", AdapterConfig(rank=4), num_hidden_layers=6)
     network = told.engine.network
@@ -132,38 +118,6 @@ def test_what_fits_is_not_tried_beyond_the_limit(monkeypatch: pytest.MonkeyPatch
     told.engine.close()
 
 
-def test_shapes_grow_to_the_one_that_is_meant() -> None:
-    shape = Shape(8, 4096, 0.5)
-    sizes = [one.tokens for one in ladder(shape)]
-    assert sizes[-1] == 8 * 4096 and sizes[0] <= 512 and sizes == sorted(sizes)
-    assert ladder(Shape(2, 100, 1.0)) == [Shape(2, 100, 1.0)]
-
-
-@pytest.mark.parametrize("blocks", ["none", "inputs"])
-def test_a_step_that_is_one_graph(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = forecaster("llama", AdapterConfig(rank=4), blocks, num_hidden_layers=8, **SIZES)
-    monkeypatch.setattr(told.engine, "_chain", None)
-    batch = synthetic(Shape(1, 200, 0.5), tiny.VOCABULARY)
-    found = forecasting.one_graph(told.engine, sft, batch, True)
-    if blocks == "none":  # the engine of the probe is a chain otherwise
-        size, _ = forecasting.above(lambda: told.engine.value_and_grad(sft, batch, mx.random.key(0)))
-        # what one graph holds at a time depends on how its two threads take turns
-        assert found.peak == pytest.approx(size, rel=0.25)
-    whole: list[int] = []
-    probe = forecasting._whole
-
-    def stubborn(network: Any, *rest: Any) -> Account:
-        whole.append(len(network.layers))
-        if len(network.layers) < 8:
-            raise IndexError("list index out of range")
-        return probe(network, *rest)
-
-    monkeypatch.setattr(forecasting, "_whole", stubborn)
-    forecasting.one_graph(told.engine, sft, batch, True)
-    assert whole == [2, 8]  # a model that cannot lose blocks is probed whole
-    told.engine.close()
-
-
 def test_the_longest_row_that_fits() -> None:
     told = forecaster("llama", AdapterConfig(rank=4), num_hidden_layers=4, **SIZES)
     shape = Shape(1, 256, 1.0)
@@ -173,18 +127,6 @@ def test_the_longest_row_that_fits() -> None:
         assert told.forecast(replace(shape, length=most)).peak == pytest.approx(limit, rel=0.1)
     assert told.most_tokens(shape, told.resident) == 0
     told.engine.close()
-
-
-def test_the_largest_batch_of_the_data(tmp_path: Path) -> None:
-    tiny.model_directory(tmp_path / "model", "llama")
-    tokenizer = Tokenizer.load(tmp_path / "model")
-    rows = [{"text": "word " * count} for count in (5, 80, 40, 10, 7, 60)]
-    splits = load(rows, tokenizer, SamplesConfig(validation_split=0.0))
-    shape = largest(splits.train, BatchConfig(batch_size=2), unpadded=False)
-    assert shape.rows <= 2 and shape.tokens >= splits.train.lengths.max() and 0.8 < shape.learned <= 1.0
-    packed = largest(splits.train, BatchConfig(batch_size=2, packing=True, max_length=200), unpadded=True)
-    assert packed.documents > 1
-    assert synthetic(packed, tiny.VOCABULARY).segments is not None
 
 
 def test_an_optimizer_is_gone_when_nobody_holds_it() -> None:
@@ -204,15 +146,6 @@ def test_an_optimizer_is_gone_when_nobody_holds_it() -> None:
         assert mx.get_active_memory() - before < 1_000_000
     finally:
         gc.enable()
-
-
-def test_the_update_is_told_by_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = {f"{number}": mx.zeros((200, 500)) for number in range(40)}
-    whole, seconds = forecasting.update_needs(OptimizerConfig(), parameters)
-    assert seconds > 0
-    monkeypatch.setattr(forecasting, "SAMPLE", 4_000_000)
-    assert forecasting.update_needs(OptimizerConfig(), parameters)[0] == pytest.approx(whole, rel=0.25)
-    assert forecasting.update_needs(OptimizerConfig(), {}) == (0, 0.0)
 
 
 def test_every_update_of_a_run_takes_its_time(tmp_path: Path) -> None:
