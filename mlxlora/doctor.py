@@ -108,9 +108,9 @@ def hardware() -> tuple[str, str, int, int]:
     """(backend, device, bytes of memory, bytes recommended)."""
     memory = machine_memory()
     if mx.metal.is_available():
-        return "Metal", str(mx.device_info()["device_name"]), memory, recommended()
+        return "Metal", str(mx.device_info(mx.gpu)["device_name"]), memory, recommended()
     if mx.cuda.is_available():
-        return "CUDA", str(mx.device_info().get("device_name", "GPU")), memory, recommended()
+        return "CUDA", str(mx.device_info(mx.gpu).get("device_name", "GPU")), memory, recommended()
     return "CPU", f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", memory, recommended()
 
 

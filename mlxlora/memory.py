@@ -45,9 +45,9 @@ def recommended() -> int:
     """Bytes that MLX should use at most here: the recommended working set on Metal, the device's memory on CUDA, three
     quarters of the machine's on a CPU."""
     if mx.metal.is_available():
-        return int(mx.device_info()["max_recommended_working_set_size"])
+        return int(mx.device_info(mx.gpu)["max_recommended_working_set_size"])
     if mx.cuda.is_available():
-        return int(mx.device_info().get("total_memory", machine_memory()))
+        return int(mx.device_info(mx.gpu).get("total_memory", machine_memory()))
     return int(0.75 * machine_memory())
 
 

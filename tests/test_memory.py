@@ -3,6 +3,7 @@
 import mlx.core as mx
 import pytest
 
+from mlxlora.doctor import hardware
 from mlxlora.errors import ConfigError, TrainingError
 from mlxlora.memory import limit_of, limited, parse_size, recommended
 
@@ -43,3 +44,16 @@ def test_running_out_says_what_to_change() -> None:
         raise MemoryError
     with pytest.raises(RuntimeError, match="something else"), limited(50_000_000):
         raise RuntimeError("something else")
+
+
+def test_a_mac_is_asked_about_its_gpu_even_where_mlx_computes_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"device_name": "Apple M9", "max_recommended_working_set_size": 20_000_000_000}
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(
+        mx, "device_info", lambda device=mx.cpu: told if device == mx.gpu else {"architecture": "arm64"}
+    )
+    assert recommended() == 20_000_000_000
+    assert hardware()[0::3] == ("Metal", 20_000_000_000)
+    assert hardware()[1] == "Apple M9"
+    with limited(50_000_000):
+        pass
