@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ class Comparison:
 
     differences: by candidate (`tuned`, or `scale 0.5` and so on), then by metric (`loss` is one of them)
     best:        the candidate that did best: by the first metric that was asked for, else by loss
+    factor:      on the scales of all adapters, of that candidate
     harness:     by task and metric of lm-evaluation-harness: the adapters as given against the base
     """
 
@@ -60,6 +61,7 @@ class Comparison:
     rows: int
     differences: dict[str, dict[str, Difference]]
     best: str
+    factor: float
     verdict: str
     samples: list[Row]
     """rows where base and best answer differently, at most 5"""
@@ -94,8 +96,7 @@ class Comparison:
         given = [parse_spec(one) for one in self.adapter]
         if not self.verdict.startswith("better"):
             return command("report", *(path for path, _ in given))
-        factor = float(self.best.removeprefix("scale ")) if self.best != "tuned" else 1.0
-        scales = [(path, scale * factor) for path, scale in given]
+        scales = [(path, scale * self.factor) for path, scale in given]
         adapters = [str(path) if scale == 1 else f"{path}={scale:g}" for path, scale in scales]
         return command("fuse", model=self.model, adapter=adapters, out="DIR")
 
@@ -149,9 +150,9 @@ def compare(
     dataset, place = held_out(loaded, data, samples, on_progress)
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(max_rows, len(dataset))).astype(int)).tolist()
     given = dict(loaded.adapters.scales)
-    candidates = {"base": 0.0} | {"tuned" if len(factors) == 1 else f"scale {f:g}": f for f in factors}
+    candidates = {"tuned" if len(factors) == 1 else f"scale {f:g}": f for f in factors}
     rows = [blank(loaded, dataset, index) for index in chosen]
-    for name, factor in candidates.items():
+    for name, factor in {"base": 0.0, **candidates}.items():
         loaded.adapters.set_scales({one: scale * factor for one, scale in given.items()})
         for row, loss in zip(rows, row_losses(loaded, dataset, chosen), strict=True):
             row.losses[name] = loss
@@ -160,10 +161,10 @@ def compare(
     loaded.adapters.set_scales(given)
     for row in rows:
         for title, score in wanted.items():
-            row.scores[title] = {name: score(row.answers[name], row.expected) for name in candidates}
+            row.scores[title] = {name: score(row.answers[name], row.expected) for name in row.answers}
     if out is not None:
         write_whole(out, "".join(json.dumps(vars(row), ensure_ascii=False) + "\n" for row in rows))
-    found = judge(model, adapter, place, rows, list(candidates)[1:], list(wanted))
+    found = judge(model, adapter, place, rows, candidates, list(wanted))
     return replace(found, harness=abilities(loaded, harness, harness_limit, on_progress)) if harness else found
 
 
@@ -259,9 +260,14 @@ def answer_rows(
 
 
 def judge(
-    model: str, adapter: list[str], data: str, rows: Sequence[Row], candidates: Sequence[str], metrics: Sequence[str]
+    model: str,
+    adapter: list[str],
+    data: str,
+    rows: Sequence[Row],
+    candidates: Mapping[str, float],
+    metrics: Sequence[str],
 ) -> Comparison:
-    """Differences of every candidate to the base, and which candidate is best."""
+    """Differences of every candidate (with its factor) to the base, and which candidate is best."""
     tokens = [float(row.tokens) for row in rows]
     base = [row.losses["base"] for row in rows]
     differences: dict[str, dict[str, Difference]] = {}
@@ -281,4 +287,4 @@ def judge(
     if len(candidates) > 1:
         verdict += f"; best with {best}"
     shown = [row for row in rows if row.answers and row.answers["base"] != row.answers[best]][:5]
-    return Comparison(model, list(adapter), data, len(rows), differences, best, verdict, shown)
+    return Comparison(model, list(adapter), data, len(rows), differences, best, candidates[best], verdict, shown)

@@ -301,12 +301,5 @@ GPT2 = {
     "tie_word_embeddings": True, "torch_dtype": "float32",
 }  # fmt: skip
 
-NO_THETA = (
-    "gptj",
-    "gpt_bigcode",
-    "jamba",
-    "mamba",
-    "mamba2",
-    "mellum",
-    "nemotron_h",
-)  # architectures whose config.json never says one
+# architectures whose config.json never says one
+NO_THETA = ("gptj", "gpt_bigcode", "jamba", "mamba", "mamba2", "mellum", "nemotron_h")

@@ -70,8 +70,10 @@ def test_the_best_of_several_scales_is_named(place: Path) -> None:
     assert found.rows == 8 and found.best == "scale 1" and found.verdict == "better by loss; best with scale 1"
     assert found.differences["scale -1"]["loss"].verdict != "better"
     assert "--adapter" in found.next() and "=" not in found.next()
-    half = replace(found, best="scale 0.5", adapter=["style=0.5", "facts=2"])
+    half = replace(found, factor=0.5, adapter=["style=0.5", "facts=2"])
     assert half.next().startswith("mlxlora fuse ") and "--adapter style=0.25 facts --out" in half.next()
+    alone = compare(str(place / "model"), [str(place / "run")], place / "rows.jsonl", scales=[0.5], max_rows=8)
+    assert alone.best == "tuned" and f"--adapter {place / 'run'}=0.5 --out" in alone.next()
 
 
 def test_wrong_wishes_are_refused(place: Path, tmp_path: Path) -> None:

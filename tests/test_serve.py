@@ -4,7 +4,6 @@ import contextlib
 import http.client
 import json
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -263,7 +262,7 @@ def test_a_client_that_drips_is_cut_off(
     first: str, loaded: model.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each byte comes in time; the request does not."""
-    monkeypatch.setattr(sys.modules["mlxlora.serve"], "SECONDS", 0.3)
+    monkeypatch.setattr("mlxlora.connections.SECONDS", 0.3)
     with Server(loaded, port=0) as server:
         host = f"127.0.0.1:{server.rules.port}"
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
@@ -286,7 +285,7 @@ def test_a_client_that_drips_is_cut_off(
 def test_there_are_so_many_connections_and_no_more(
     loaded: model.LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["mlxlora.serve"], "CONNECTIONS", 2)
+    monkeypatch.setattr("mlxlora.connections.CONNECTIONS", 2)
     with Server(loaded, port=0) as server:
         idle = [socket.create_connection(("127.0.0.1", server.rules.port)) for _ in range(2)]
         with socket.create_connection(("127.0.0.1", server.rules.port)) as third:

@@ -32,44 +32,11 @@ def texts() -> list[str]:
     """More than 500 strings: every script, words with spaces, digits, punctuation and line ends between them."""
     draw = random.Random(7)
     between = [
-        " ",
-        "  ",
-        "\n",
-        "\n\n",
-        "\t",
-        "'",
-        "'s ",
-        ", ",
-        ". ",
-        "-",
-        "/",
-        "_",
-        " (",
-        "1",
-        " 23 ",
-        "4567",
-        "!?",
-        "",
-    ]
+        " ", "  ", "\n", "\n\n", "\t", "'", "'s ", ", ", ". ", "-", "/", "_", " (", "1", " 23 ", "4567", "!?", "",
+    ]  # fmt: skip
     found = [
-        "",
-        " ",
-        "  ",
-        "\n",
-        " \n",
-        "\n ",
-        "\r\n",
-        "\t\t",
-        "a",
-        " a",
-        "a ",
-        "I'm",
-        "I'M",
-        "we'Ve",
-        "'s",
-        "''S",
-        "x'",
-    ]
+        "", " ", "  ", "\n", " \n", "\n ", "\r\n", "\t\t", "a", " a", "a ", "I'm", "I'M", "we'Ve", "'s", "''S", "x'",
+    ]  # fmt: skip
     found += ["…", "1", "12", "123", "1234", "12345678", "½ ² Ⅷ ٣٤٥", "e\u0301", "\u00a0x", "\u3000y", "a\u200db", "☃️❤️"]
     found += [line[start : start + 40] for line in CORPUS for start in range(0, len(line), 13)]
     while len(found) < 560:

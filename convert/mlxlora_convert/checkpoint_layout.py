@@ -257,6 +257,7 @@ def settings(config: Config, arguments: Any) -> Config:
     """The settings of `ANEW`. `arguments` is what mlx-lm read out of the configuration, with its own defaults."""
     if config.get("model_type") not in ANEW:
         return {}
+    assert config["model_type"] == "falcon_h1"  # the only one so far
     factors: Config = dict.fromkeys(ANEW["falcon_h1"], 1.0)
     if arguments.tie_word_embeddings:  # one table for both ends, and it was multiplied by the other end's factor
         factors["lm_head_multiplier"] = arguments.lm_head_multiplier / arguments.embedding_multiplier

@@ -24,7 +24,7 @@ from mlxlora_convert.gguf_architectures import Family
 from mlxlora_convert.gguf_header import GGUFHeader, read_header
 from mlxlora_convert.gguf_metadata import configuration, read_family
 from mlxlora_convert.gguf_options import Dtype, GGUFImportOptions
-from mlxlora_convert.gguf_read import GGUFWeight
+from mlxlora_convert.gguf_read import GGUFWeight, refuse_unreadable
 from mlxlora_convert.gguf_rope import FACTORS, LONG, SHORT
 from mlxlora_convert.gguf_tensors import CHUNK, changed, each_module
 from mlxlora_convert.gguf_tokenizer import write_tokenizer
@@ -63,9 +63,10 @@ def import_gguf(
     `dequantize`); every other quantization becomes numbers of `dtype` (default: what most of the file is in; float16
     for quantized files).
     Raises FormatError for a malformed file, missing, unknown or misshapen tensors; UnsupportedError for an architecture
-    or a tokenizer that cannot be rebuilt. Nothing is written then.
+    or a tokenizer that cannot be rebuilt, and for number formats that cannot be read. Nothing is written then.
     """
     header = read_header(file)
+    refuse_unreadable(header)
     family = read_family(header)
     check_blocks(header, family)
     config = configuration(family, header)

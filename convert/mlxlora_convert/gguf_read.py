@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlxlora.errors import FormatError, Problem, UnsupportedError
+from mlxlora.errors import FormatError, UnsupportedError
 from mlxlora_convert.gguf_header import GGUFHeader, TensorInfo
 from mlxlora_convert.gguf_tensors import BLOCK, CODED, decode_blocks
 from mlxlora_convert.safetensors_rows import Floats
@@ -42,21 +42,32 @@ class GGUFWeight(Weight):
     def floats(self, start: int, stop: int) -> Floats:
         from gguf.quants import dequantize
 
-        if self.type in ("i8", "i16", "i32", "i64", "f64"):
-            what = Problem(self.info.name, f"stored as {self.type}, expected floating-point or quantized numbers")
-            raise FormatError.of(f"{self.path}: not a weight", [what])
-        try:
-            values = dequantize(self.raw(start, stop), self.kind)
-        except NotImplementedError:
-            raise UnsupportedError(
-                f"{self.path}: {self.info.name} is {self.type}, which cannot be dequantized yet."
-            ) from None
+        values = dequantize(self.raw(start, stop), self.kind)
         return np.asarray(values, dtype=np.float32).reshape(stop - start, self.shape[-1])
 
     def blocks(self, start: int, stop: int) -> Blocks | None:
         if (self.type not in CODED and self.type != "mxfp4") or self.shape[-1] % BLOCK:
             return None
         return decode_blocks(self.raw(start, stop), self.type, self.shape[-1])
+
+
+def refuse_unreadable(header: GGUFHeader) -> None:
+    """Raise UnsupportedError where tensors are in number formats that `gguf` cannot turn into floats."""
+    from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    found: dict[str, list[str]] = {}
+    for name, info in header.tensors.items():
+        kind = GGMLQuantizationType(info.type)
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)  # one block
+        except NotImplementedError:
+            found.setdefault(kind.name.lower(), []).append(name)
+    if found:
+        said = "; ".join(f"{kind} ({len(names)} tensors, such as {names[0]})" for kind, names in found.items())
+        raise UnsupportedError(
+            f"{header.path} holds number formats that are not read: {said}. Take a file of another type, such as q8_0."
+        )
 
 
 def float_tensor(header: GGUFHeader, name: str) -> Floats:

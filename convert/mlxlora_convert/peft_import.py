@@ -1,8 +1,7 @@
-"""An adapter out of PEFT's configuration and state dict, checked against the base. peft_export.py is the way back."""
+"""An adapter out of PEFT's configuration and state dict, checked against the base. `peft_export.py` is the way back."""
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,13 +14,7 @@ from mlxlora_convert.lowrank import Kind, LowRank, Place
 from mlxlora_convert.names import Experts, Names, each_expert
 from mlxlora_convert.peft_config import PeftConfig
 from mlxlora_convert.peft_export import PREFIX, tied_head
-
-# the adapter's own name (`default`) stands in the keys of some files, between the tensor's name and `weight`
-_KEY = re.compile(
-    r"(?P<path>.+?)\.(?P<name>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
-    r"(?:\.default)?(?:\.weight)?"
-)
-_SAVED = re.compile(r"(?P<path>.+?)(?:\.modules_to_save)?(?:\.default)?(?:\.base_layer)?\.(?P<name>weight|bias)")
+from mlxlora_convert.peft_keys import Lora, sort
 
 BaseTensor = Callable[[str], "mx.array | None"]
 """A tensor of the base by name (`<module>.weight`, unpacked; `<module>.bias`), in MLX's layout, or None."""
@@ -35,25 +28,6 @@ class Imported:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class _Lora:
-    """The tensors of one LoRA in a file; `path` is the module's in transformers, `depth` the wrappers around it."""
-
-    path: str
-    depth: int
-    tensors: dict[str, mx.array]
-    keys: dict[str, str]
-
-    def missing(self) -> list[Problem]:
-        embedding = any(name.startswith("lora_embedding") for name in self.tensors)
-        pair = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
-        return [
-            Problem(next(iter(self.keys.values())), f"{name} of this module is missing from the file")
-            for name in pair
-            if name not in self.tensors
-        ]
-
-
 def from_peft(
     config: PeftConfig, tensors: Mapping[str, mx.array], names: Names, places: Mapping[str, Place], base: BaseTensor
 ) -> Imported:
@@ -63,7 +37,7 @@ def from_peft(
     expected and what was found; UnsupportedError for what has no form here.
     """
     reader = _Reader(config, names, places, base)
-    loras, saved = reader.sort(tensors)
+    loras, saved = sort(tensors, reader.problems)
     for lora in loras:
         reader.add(lora)
     reader.gather_experts()
@@ -87,36 +61,9 @@ class _Reader:
         self.problems: list[Problem] = []
         self.notes: list[str] = []
 
-    # ---- sorting keys ---------------------------------------------------------------------------------------------
-
-    def sort(self, tensors: Mapping[str, mx.array]) -> tuple[list[_Lora], dict[str, dict[str, tuple[str, mx.array]]]]:
-        """The tensors by the module they belong to: LoRAs, and whole tensors of modules_to_save."""
-        loras: dict[str, _Lora] = {}
-        saved: dict[str, dict[str, tuple[str, mx.array]]] = defaultdict(dict)
-        for key, tensor in sorted(tensors.items()):
-            inner = key.removeprefix(PREFIX)
-            if inner == key:
-                self.problems.append(Problem(key, f"does not begin with '{PREFIX}', as every tensor of PEFT does"))
-            elif not mx.issubdtype(tensor.dtype, mx.floating):
-                self.problems.append(Problem(key, f"expected floating-point numbers, found {tensor.dtype}"))
-            elif match := _KEY.fullmatch(inner):
-                held = match["path"]
-                path = held
-                while path.endswith(".base_layer"):
-                    path = path.removesuffix(".base_layer")
-                depth = held.count(".base_layer")
-                lora = loras.setdefault(held, _Lora(path, depth, {}, {}))
-                lora.tensors[match["name"]] = tensor.astype(mx.float32)
-                lora.keys[match["name"]] = key
-            elif match := _SAVED.fullmatch(inner):
-                saved[match["path"]][match["name"]] = (key, tensor)
-            else:
-                self.problems.append(Problem(key, "is no tensor of a LoRA adapter"))
-        return list(loras.values()), saved
-
     # ---- one LoRA -------------------------------------------------------------------------------------------------
 
-    def add(self, lora: _Lora) -> None:
+    def add(self, lora: Lora) -> None:
         if missing := lora.missing():
             self.problems += missing
         elif (holder := self.names.expert_holder(lora.path)) is not None:
@@ -126,7 +73,7 @@ class _Reader:
         else:
             self._add_module(lora)
 
-    def _factors(self, lora: _Lora, kind: Kind, shape: tuple[int, ...], scale_path: str) -> LowRank | None:
+    def _factors(self, lora: Lora, kind: Kind, shape: tuple[int, ...], scale_path: str) -> LowRank | None:
         """A linear or embedding LoRA with its shapes checked against the base weight's [rows, columns]."""
         embedding = kind == "embedding"
         name_a, name_b = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
@@ -143,13 +90,13 @@ class _Reader:
         a, b = lora.tensors[name_a], lora.tensors[name_b]
         return LowRank(kind, a.T, b.T, self.config.scale(scale_path))
 
-    def _shaped(self, lora: _Lora, name: str, expected: tuple[int, ...]) -> bool:
+    def _shaped(self, lora: Lora, name: str, expected: tuple[int, ...]) -> bool:
         found = tuple(lora.tensors[name].shape)
         if found != expected:
             self.problems.append(Problem(lora.keys[name], f"expected shape {list(expected)}, found {list(found)}"))
         return found == expected
 
-    def _add_module(self, lora: _Lora) -> None:
+    def _add_module(self, lora: Lora) -> None:
         path = next((path for path in self.names.to_mlx(lora.path) if path in self.places), None)
         if path is None and lora.path == self.names.family.head:
             self._add_tied_head(lora)
@@ -179,7 +126,7 @@ class _Reader:
         full = f"{path}.weight"
         return any(full == name or full.endswith(f".{name}") for name in self.config.parameters)
 
-    def _with_magnitude(self, lora: _Lora, part: LowRank, place: Place) -> LowRank:
+    def _with_magnitude(self, lora: Lora, part: LowRank, place: Place) -> LowRank:
         magnitude = lora.tensors.get("lora_magnitude_vector")
         if (magnitude is not None) != self.config.dora:
             what = "DoRA is on, but this module has no lora_magnitude_vector" if magnitude is None else "DoRA is off"
@@ -198,7 +145,7 @@ class _Reader:
 
     # ---- experts --------------------------------------------------------------------------------------------------
 
-    def _add_stacked(self, lora: _Lora, experts: Experts, holder: str) -> None:
+    def _add_stacked(self, lora: Lora, experts: Experts, holder: str) -> None:
         chosen = [
             name
             for name in ("gate_up_proj", "down_proj")
@@ -227,7 +174,7 @@ class _Reader:
             both = stacks.split(part, interleaved=experts.interleaved)
             self.found[f"{holder}.gate_proj"], self.found[f"{holder}.up_proj"] = both
 
-    def _stack(self, lora: _Lora, count: int, out: int, in_: int, path: str) -> LowRank | None:
+    def _stack(self, lora: Lora, count: int, out: int, in_: int, path: str) -> LowRank | None:
         rank, scale = self.config.rank(path), self.config.scale(path)
         found = tuple(lora.tensors["lora_A"].shape), tuple(lora.tensors["lora_B"].shape)
         if found == ((rank * count, in_), (out, rank * count)):
@@ -238,7 +185,7 @@ class _Reader:
         self._shaped(lora, "lora_B", (out, rank * count))
         return None
 
-    def _add_single(self, lora: _Lora, path: str, number: int) -> None:
+    def _add_single(self, lora: Lora, path: str, number: int) -> None:
         place = self.places.get(path)
         if place is None or number >= place.shape[0]:
             count = place.shape[0] if place else 0
@@ -257,7 +204,7 @@ class _Reader:
 
     # ---- tied embeddings ------------------------------------------------------------------------------------------
 
-    def _add_tied_head(self, lora: _Lora) -> None:
+    def _add_tied_head(self, lora: Lora) -> None:
         embedding = next((path for path in self.places if tied_head(path, self.names, self.places)), None)
         if embedding is None:
             self.problems.append(Problem(lora.keys["lora_A"], "the base has no output projection to carry LoRA"))
@@ -324,7 +271,7 @@ class _Reader:
 
     # ---- completeness ---------------------------------------------------------------------------------------------
 
-    def check_complete(self, loras: list[_Lora]) -> None:
+    def check_complete(self, loras: list[Lora]) -> None:
         """Every module that adapter_config.json names must have its tensors: a file cut short is no smaller adapter."""
         present = {lora.path for lora in loras}
         could: list[str] = []

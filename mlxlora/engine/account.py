@@ -105,7 +105,7 @@ def peak(parts: Iterable[Taken]) -> int:
 
 def _kinds(chain: Chain, batch: Batch, layout: Layout, key: mx.array | None) -> list[Any]:
     """For each block something that is equal for two that take the same."""
-    _, calls = chain.start(batch.tokens, layout, key)
+    _, calls = chain.ends.start(batch.tokens, layout, key)
     return [
         (block.structure, call.key(), index >= chain.lowest, chain.further(index))
         for index, (block, (call, _)) in enumerate(zip(chain.blocks, calls, strict=True))

@@ -8,6 +8,7 @@ until `verify.py` has compared it with the model's own logits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,7 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora.engine.hold import Hold, own_call
-from mlxlora.parameters import bytes_of
+from mlxlora.parameters import bytes_of, number
 
 
 class Reached(Exception):
@@ -97,11 +98,10 @@ def dissect(network: nn.Module, notes: list[str]) -> Anatomy:
 def relative_error(found: mx.array, expected: mx.array) -> float:
     """max |found − expected| / max |expected|; infinite where shapes differ or a number is none."""
     if found.shape != expected.shape:
-        return float("inf")
+        return math.inf
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
-    error: Any = mx.max(mx.abs(found - expected)) / mx.maximum(mx.max(mx.abs(expected)), 1e-30)
-    value = float(error.item())
-    return value if value == value else float("inf")
+    error = number(mx.max(mx.abs(found - expected)) / mx.maximum(mx.max(mx.abs(expected)), 1e-30))
+    return math.inf if math.isnan(error) else error
 
 
 def tolerance(dtype: mx.Dtype) -> float:

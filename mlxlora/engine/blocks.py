@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -22,7 +22,7 @@ from mlxlora.engine.hold import own_call
 from mlxlora.engine.masks import Layout, Steering
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.structure import structure
-from mlxlora.engine.traces import Traces
+from mlxlora.engine.traces import Traces, given, laid_out
 
 Grade = Literal["products", "inputs"]
 
@@ -82,7 +82,7 @@ class BlockFunctions:
         """The block's output for `x`, and, to `keep` for its backward pass, its matrix products."""
         kind = ("forward", keep, block.structure, call.key(), layout.kind, key is None)
         function = self.traces.of(kind, self._forward(block, call, layout, keep))
-        out: tuple[mx.array, list[mx.array]] = function(block.slots.get(), x, list(sides), *_given(layout, key))
+        out: tuple[mx.array, list[mx.array]] = function(block.slots.get(), x, list(sides), *given(layout, key))
         return out
 
     def backward(
@@ -100,7 +100,7 @@ class BlockFunctions:
         """The gradients of the block's learned arrays, and, if one is wanted `further` down, of its input."""
         kind = ("backward", further, block.structure, call.key(), layout.kind, key is None)
         function = self.traces.of(kind, self._backward(block, call, layout, further))
-        grads: list[mx.array] = function(block.slots.get(), x, list(sides), list(kept), cotangent, *_given(layout, key))
+        grads: list[mx.array] = function(block.slots.get(), x, list(sides), list(kept), cotangent, *given(layout, key))
         return (grads[:-1], grads[-1]) if further else (grads, None)
 
     def _template(self, block: Block) -> tuple[Block, tape.Products]:
@@ -157,8 +157,7 @@ class BlockFunctions:
     def _within(
         self, block: Block, layout: Layout, segments: Sequence[mx.array], key: Sequence[mx.array]
     ) -> Iterator[None]:
-        layout = replace(layout, segments=segments[0] if segments else None)
-        with self._steering.with_layout(layout):
+        with self._steering.with_layout(laid_out(layout, segments)):
             set_block_key(block.module, key[0] if key else None)
             try:
                 yield
@@ -210,10 +209,6 @@ def _run(
     if not isinstance(out, mx.array):
         raise TypeError("a block returns more than one array")
     return out
-
-
-def _given(layout: Layout, key: mx.array | None) -> tuple[list[mx.array], list[mx.array]]:
-    return ([] if layout.segments is None else [layout.segments]), ([] if key is None else [key])
 
 
 def _hashable(value: Any) -> Any:

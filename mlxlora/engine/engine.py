@@ -13,8 +13,9 @@ from mlxlora.data.sample import Batch
 from mlxlora.engine.account import Account, account
 from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
 from mlxlora.engine.blocks import Grade
-from mlxlora.engine.chain import Chain, NotAChain
+from mlxlora.engine.chain import Chain
 from mlxlora.engine.config import CheckpointBlocks, EngineConfig
+from mlxlora.engine.ends import NotAChain
 from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of
 from mlxlora.engine.packing import end_to_end, packing_refusal
@@ -28,8 +29,7 @@ class Engine:
     """Computes steps for one network.
 
     The network is one of mlx-lm's, with or without adapters in it; it stays as it is. What is trainable is looked up
-    once,
-    here: make an engine after adapters were put in or taken out.
+    once, here: make an engine after adapters were put in or taken out.
 
         engine = Engine(network)
         total, count, metrics, grads = engine.value_and_grad(sft, batch)
@@ -131,7 +131,7 @@ class Engine:
         """Keep this much of each block from now on, and make the logits of so many tokens at a time (0: by shape)."""
         self.config = replace(self.config, checkpoint_blocks=checkpoint_blocks, loss_chunk=loss_chunk)
         if self._chain is not None:
-            self._chain.head.chunk = loss_chunk
+            self._chain.ends.head.chunk = loss_chunk
         if self._general is not None:
             self._general.close()
             self._general = None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+
+from mlxlora.engine.masks import Layout
 
 
 class Traces:
@@ -29,3 +32,13 @@ class Traces:
     def clear(self) -> None:
         """Forget what was compiled."""
         self._known.clear()
+
+
+def given(layout: Layout, key: mx.array | None) -> tuple[list[mx.array], list[mx.array]]:
+    """What differs from batch to batch, as arguments of a traced function, which takes no None: segments and key."""
+    return ([] if layout.segments is None else [layout.segments]), ([] if key is None else [key])
+
+
+def laid_out(layout: Layout, segments: Sequence[mx.array]) -> Layout:
+    """The layout inside of a traced function, with the segments that it is given."""
+    return replace(layout, segments=segments[0] if segments else None)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import mlx.core as mx
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, relative_error
 from mlxlora.engine.scores import Outcome, Scores
+from mlxlora.parameters import number
 
 Step = tuple[Outcome, dict[str, mx.array]]
 
@@ -31,9 +32,8 @@ def disagreement(found: Step, expected: Step) -> float:
     errors = [relative_error(found[0][0], expected[0][0])]
     for path, grad in expected[1].items():
         errors.append(_largest(found[1][path] - grad) / max(_largest(grad), 1e-2 * largest, 1e-30))
-    return max(error if error == error else float("inf") for error in errors)
+    return max(math.inf if math.isnan(error) else error for error in errors)
 
 
 def _largest(array: mx.array) -> float:
-    value: Any = mx.max(mx.abs(array.astype(mx.float32)))
-    return float(value.item())
+    return number(mx.max(mx.abs(array.astype(mx.float32))))

@@ -59,7 +59,7 @@ class Forecast:
     seconds: float
     validation_seconds: float
     unpadded: bool
-    update_seconds: float = 0.0
+    update_seconds: float
 
     @property
     def computed(self) -> int:

@@ -77,14 +77,14 @@ def largest(dataset: Dataset, config: BatchConfig, *, unpadded: bool, seed: int 
     plan = plan_epoch(dataset.lengths, config, seed=seed, epoch=0, repeats=dataset.repeats, shuffle=shuffle)
     unpadded = unpadded and not config.packing  # packed rows are computed as they are
     sizes = computed_of(plan, dataset, unpadded)
-    largest = int(np.argmax(sizes))
-    rows, tokens = int(plan.rows[largest]), int(plan.filled(dataset.lengths)[largest])
+    most = int(np.argmax(sizes))
+    rows, tokens = int(plan.rows[most]), int(plan.filled(dataset.lengths)[most])
     learned, documents = 0, 1
-    for position in np.flatnonzero(sizes >= 0.95 * sizes[largest])[:LARGEST]:
+    for position in np.flatnonzero(sizes >= 0.95 * sizes[most])[:LARGEST]:
         planned = plan[int(position)]
         learned = max(learned, int(dataset.trained[list(planned.samples)].sum()))
         documents = max(documents, round(len(planned.samples) / len(planned.rows)))
-    length = plan[largest].length
+    length = plan[most].length
     return Shape(rows, length, min(learned / max(tokens, 1), 1.0), documents, tokens / (rows * length))
 
 

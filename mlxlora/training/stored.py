@@ -16,13 +16,14 @@ SHOWN_VALUE = 60  # characters of a changed value that a message shows
 
 
 def refuse_file(path: Path) -> None:
+    """Raise RunError for a place that is a file or a link, or where no directory can be made."""
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise RunError(f"{path} is not a directory. Choose another --out.")
     refuse_unmakeable(path)
 
 
 def refuse_links(path: Path) -> None:
-    """A run writes and removes in its own directory alone: a link would lead it to somebody's files."""
+    """Raise RunError for links: a run writes and removes in its own directory alone, not where one leads."""
     names = (*OURS, "run.json", ".lock")
     for entry in [*path.glob("*"), *path.glob("checkpoints/*")]:
         ours = entry.parent != path or entry.name in names or SCRATCH in entry.name
@@ -34,6 +35,7 @@ def refuse_links(path: Path) -> None:
 
 
 def read_stored(path: Path) -> dict[str, Any] | None:
+    """What run.json says, None where there is none. Raises RunError for one that no run of ours has written."""
     if not (path / "run.json").exists():
         return None
     try:
@@ -59,7 +61,7 @@ def _is_chosen(chosen: Any) -> bool:
 
 
 def refuse_foreign(path: Path) -> None:
-    """A directory with something in it, and no run.json, is not ours to write into, not even with --overwrite."""
+    """Raise RunError for a directory with something in it and no run.json: not ours, not even with --overwrite."""
     strange = sorted(p.name for p in path.iterdir() if p.name not in (".lock", ".DS_Store") and ".tmp-" not in p.name)
     if strange:
         raise RunError(
@@ -69,11 +71,13 @@ def refuse_foreign(path: Path) -> None:
 
 
 def refuse_finished(path: Path, stored: dict[str, Any]) -> None:
+    """Raise RunError where the run is finished."""
     if stored.get("finished"):
         raise RunError(f"{path} holds a finished run. Choose another --out, or add --overwrite to train it anew.")
 
 
 def refuse_changed(path: Path, old: dict[str, Any], new: dict[str, Any], accept: Collection[str]) -> None:
+    """Raise RunError, naming every setting that differs and is not among those to `accept`."""
     changed = [
         Problem(name, f"was {_short(old.get(name))}, is now {_short(new.get(name))}")
         for name in sorted({*old, *new})

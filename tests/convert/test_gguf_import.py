@@ -208,6 +208,16 @@ def test_what_cannot_be_read_yet_is_named(tmp_path: Path) -> None:
         import_gguf(rewritten(tmp_path, wordpiece), tmp_path / "after")
 
 
+def test_number_formats_that_cannot_be_read_are_named_before_anything_is_written(tmp_path: Path) -> None:
+    def integers(_: Any, tensors: dict[str, Any]) -> None:
+        for name in ("blk.0.ffn_down.weight", "blk.1.ffn_up.weight"):
+            tensors[name] = np.ones(tensors[name].shape, np.int16)
+
+    with pytest.raises(UnsupportedError, match=r"i16 \(2 tensors, such as blk\.0\.ffn_down\.weight\)"):
+        import_gguf(rewritten(tmp_path, integers), tmp_path / "after")
+    assert not list(tmp_path.glob("*after*"))
+
+
 def test_config_json_has_both_rope_spellings(tmp_path: Path) -> None:
     before = tiny.model_directory(tmp_path / "before", "llama", rope_scaling=LINEAR)
     import_gguf(export_gguf(before, tmp_path / "m.gguf").path, tmp_path / "after")

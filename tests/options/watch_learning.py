@@ -104,7 +104,7 @@ def plan(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPat
         asked.append((config.checkpoint_blocks, config.loss_chunk, accumulate, weights.keys(), size, asdict(shape)))
         return Forecast(
             config.checkpoint_blocks, config.loss_chunk, accumulate, shape,
-            10**6, size, 0, 10**6, 0, 0, 0, 1.0, 1.0, False,
+            10**6, size, 0, 10**6, 0, 0, 0, 1.0, 1.0, False, 0.0,
         )  # fmt: skip
 
     patch.setattr(Forecaster, "forecast", forecast)

@@ -153,7 +153,9 @@ def test_every_update_of_a_run_takes_its_time(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(tiny.tokenizer(tmp_path))
     feed = Feed(load(tmp_path / "rows.jsonl", tokenizer, SamplesConfig(validation_split=0)).train, BatchConfig(), 0)
     shape = Shape(4, int(feed.dataset.lengths.max()), 1.0)
-    quick = Forecast("none", 0, 1, shape, 0, 0, 0, 0, 0, 0, 0, seconds=2.0, validation_seconds=0.0, unpadded=False)
+    quick = Forecast(
+        "none", 0, 1, shape, 0, 0, 0, 0, 0, 0, 0, 2.0, validation_seconds=0.0, unpadded=False, update_seconds=0.0
+    )
     without = outlook(feed, None, quick, steps=10, validations=0)
     slow = outlook(feed, None, replace(quick, update_seconds=0.5), steps=10, validations=0)
     assert without.seconds > 1 and slow.seconds == pytest.approx(without.seconds + 5.0)
