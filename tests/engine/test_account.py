@@ -100,7 +100,8 @@ def test_no_array_waits_for_the_garbage_collector(checkpoint: Any) -> None:
     """A cycle of references would let a block's insides live on by chance."""
     engine, batch = prepared("llama", AdapterConfig(rank=4, dropout=0.1), checkpoint)
     mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
-    gc.collect()
+    while gc.collect():  # what went with earlier tests frees more: MLX's graphs hold on to networks
+        pass
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:
