@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mlxlora.files import free_space, human_bytes
 from mlxlora.model import load_network
 from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.llamacpp import LlamaCpp
-from mlxlora_convert.probe import Probe, ReadBack, log_probs
+from mlxlora_convert.probe import NotReadBack, Probe, ReadBack, streamed
 from mlxlora_convert.safetensors_rows import Floats
 
 # Up to which difference of a likely token's log-probability the two are the same model: several times what was measured
@@ -62,6 +63,12 @@ def from_file(path: Path, tokens: Sequence[int]) -> Floats:
     """Our own log-probabilities over the numbers in a GGUF file."""
     from mlxlora_convert.gguf_import import import_gguf
 
+    needed, free = 2 * path.stat().st_size, free_space(path)  # the same quantization, its scales in float32
+    if needed > free:
+        raise NotReadBack(
+            f"Not read back: for that its numbers are written beside it, which may take {human_bytes(needed)}, and "
+            f"{human_bytes(free)} are free."
+        )
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as folder:
         import_gguf(path, Path(folder, "model"), dtype="float32")
-        return log_probs(load_network(Path(folder, "model"))[0], tokens)
+        return streamed(lambda: load_network(Path(folder, "model"))[0], tokens)

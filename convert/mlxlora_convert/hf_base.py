@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mlxlora import weights
-from mlxlora.files import check_safetensors, human_bytes
+from mlxlora.files import check_safetensors
 from mlxlora.parameters import flat
-from mlxlora_convert import huggingface
+from mlxlora_convert import huggingface, transformers_reader
 from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.names import Names
 from mlxlora_convert.ours import BaseModel
-from mlxlora_convert.probe import NotReadBack
-
-BYTES_PER_WEIGHT = 4  # both sides compute in float32
-SHARE = 0.5  # of the machine's memory that a check may take
 
 
 @contextlib.contextmanager
@@ -34,10 +27,10 @@ def transformers_model(job: ExportJob) -> Iterator[Any]:
     Raises NotReadBack when it would not fit in memory or cannot be written for transformers.
     """
     model = BaseModel.open(job.base, revision=job.revision, trust_remote_code=job.trust_remote_code)
-    _refuse_large(model)
+    transformers_reader.refuse_large(sum(int(np.prod(place.shape)) for place in model.places.values()))
     with tempfile.TemporaryDirectory(prefix=".mlxlora-base-", dir=job.out.parent) as scratch:
         path = model.path if as_transformers_wants(model) else _written(job, Path(scratch, "model"))
-        yield _load(path)
+        yield transformers_reader.load(path)[0]
 
 
 def as_transformers_wants(model: BaseModel) -> bool:
@@ -50,47 +43,7 @@ def as_transformers_wants(model: BaseModel) -> bool:
     return not stored <= own or not (family.renames or family.experts)
 
 
-def _refuse_large(model: BaseModel) -> None:
-    count = sum(int(np.prod(place.shape)) for place in model.places.values())
-    needed, there = 2 * BYTES_PER_WEIGHT * count, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > SHARE * there:
-        raise NotReadBack(
-            f"Not read back: that would take {human_bytes(needed)} of memory, this machine has {human_bytes(there)}."
-        )
-
-
 def _written(job: ExportJob, out: Path) -> Path:
     out.mkdir()
     huggingface.write(replace(job, out=out, adapter=(), options=(), on_progress=None))
     return out
-
-
-def _load(path: Path) -> Any:
-    import torch
-    import transformers
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    level = logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return transformers.AutoModelForCausalLM.from_pretrained(
-                str(path), dtype=torch.float32, trust_remote_code=False
-            ).eval()
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
-
-
-def log_probs(model: Any, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
-    """What a transformers model says after each token: log-probabilities [tokens, vocabulary]."""
-    import torch
-
-    with torch.no_grad():
-        logits = model(torch.tensor([list(tokens)])).logits[0].float()
-        found: npt.NDArray[np.float32] = torch.log_softmax(logits, dim=-1).numpy()
-    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from mlxlora.adapters.heads import Half
 from mlxlora.adapters.inject import set_module
 from mlxlora.adapters.layer import Wrapper
 from mlxlora.errors import ModelError, Problem, UnsupportedError
+from mlxlora.files import check_safetensors
 from mlxlora.parameters import flat
 from mlxlora.quantize import dequantize
+from mlxlora_convert import transformers_reader
 from mlxlora_convert.checkpoint_layout import (
     ANEW,
     NOTES,
@@ -169,27 +172,20 @@ def _check(job: ExportJob, path: Path) -> list[str]:
 
 
 def read_back(job: ExportJob, expected: Probe) -> ReadBack:
-    """Run transformers on what was written. Raises NotReadBack where torch and transformers are not installed."""
-    from importlib.util import find_spec
-
-    if find_spec("torch") is None:
-        raise NotReadBack("Not read back by transformers: torch is not installed (pip install torch).")
-    import torch
-    from transformers import AutoModelForCausalLM
-
+    """Run transformers on what was written. Raises NotReadBack where it is not installed or has not got the memory."""
+    transformers_reader.refuse_missing("transformers")
+    shapes = (shape for path in weights.weight_files(job.out) for _, shape in check_safetensors(path).values())
+    transformers_reader.refuse_large(sum(math.prod(shape) for shape in shapes))
     try:
-        model, said = AutoModelForCausalLM.from_pretrained(
-            str(job.out), dtype=torch.float32, trust_remote_code=False, output_loading_info=True
-        )
+        model, said = transformers_reader.load(job.out)
     except Exception as error:  # transformers raises whatever it likes for a model that it does not have
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise NotReadBack(f"Not read back: transformers does not load this model: {reason[:200]}") from None
     wrong = [*said["missing_keys"], *said["unexpected_keys"], *said["mismatched_keys"]]
     if wrong:
         raise ModelError(f"transformers does not find the tensors it expects: {', '.join(map(str, wrong[:5]))}.")
-    with torch.no_grad():
-        logits = model.eval()(torch.tensor([expected.tokens])).logits[0].float()
-        theirs = torch.log_softmax(logits, dim=-1).numpy()
+    theirs = transformers_reader.log_probs(model, expected.tokens)
+    del model  # before ours is computed
     config = architecture.read_config(job.out)
     bound = BOUNDS.get(str(config.get("dtype", config.get("torch_dtype"))), BOUNDS["bfloat16"])
     seen = expected.compare("transformers", theirs, bound)

@@ -14,7 +14,7 @@ from mlxlora.fuse import fuse
 from mlxlora.model import load_network
 from mlxlora_convert.jobs import ExportJob
 from mlxlora_convert.mlx_options import MlxOptions
-from mlxlora_convert.probe import Probe, ReadBack, log_probs
+from mlxlora_convert.probe import Probe, ReadBack, streamed
 
 BOUND = 1e-4  # both sides run the same files through the same kernels
 
@@ -44,6 +44,6 @@ def write(job: ExportJob) -> list[str]:
 
 def read_back(job: ExportJob, probe: Probe) -> ReadBack:
     """Load what was written with mlx-lm's own loader, and hold it against ours on the same files."""
-    theirs = log_probs(mlxlm.module("utils").load_model(job.out, strict=True)[0], probe.tokens)
-    ours = log_probs(load_network(job.out, trust_remote_code=job.trust_remote_code)[0], probe.tokens)
+    theirs = streamed(lambda: mlxlm.module("utils").load_model(job.out, lazy=True, strict=True)[0], probe.tokens)
+    ours = streamed(lambda: load_network(job.out, trust_remote_code=job.trust_remote_code)[0], probe.tokens)
     return ReadBack("mlx-lm", len(probe.tokens), float(np.abs(ours - theirs).max()), BOUND)

@@ -32,7 +32,7 @@ from mlxlora_convert.jobs import ExportJob, ImportJob
 from mlxlora_convert.lowrank import Place
 from mlxlora_convert.mlxlm_options import MlxLmOptions
 from mlxlora_convert.ours import BaseModel, from_lowrank, read_one, write_checked
-from mlxlora_convert.probe import Probe, ReadBack, log_probs
+from mlxlora_convert.probe import Probe, ReadBack, streamed
 
 BOUND = 1e-3
 ARCHIVE = "adapters.npz"
@@ -72,10 +72,14 @@ def _refuse_own_kinds(paths: Iterable[str], network: nn.Module) -> None:
 def read_back(job: ExportJob, probe: Probe) -> ReadBack:
     """Run mlx-lm's own loader and layers on what was written."""
     model = BaseModel.open(job.base, revision=job.revision, trust_remote_code=job.trust_remote_code)
-    network, _ = load_network(model.path, trust_remote_code=job.trust_remote_code)
-    try:
+
+    def adapted() -> nn.Module:
+        network, _ = load_network(model.path, trust_remote_code=job.trust_remote_code)
         mlxlm.load_adapters(network, job.out)
-        theirs = log_probs(network, probe.tokens)
+        return network
+
+    try:
+        theirs = streamed(adapted, probe.tokens)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise MlxLoraError(
             f"mlx-lm cannot read this adapter: {str(error).splitlines()[0]}. Nothing was written. It has no DoRA on "

@@ -6,7 +6,6 @@ The numbers are in peft_export.py and peft_import.py.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,14 +16,14 @@ import numpy as np
 from mlxlora import files
 from mlxlora.errors import AdapterError, FormatError, UnsupportedError
 from mlxlora_convert import base as bases
-from mlxlora_convert import hf_base
+from mlxlora_convert import hf_base, transformers_reader
 from mlxlora_convert.jobs import ExportJob, ImportJob
 from mlxlora_convert.names import Names
 from mlxlora_convert.ours import BaseModel, from_lowrank, read_one, write_checked
 from mlxlora_convert.peft_config import PeftConfig
 from mlxlora_convert.peft_export import PeftOptions, to_peft
 from mlxlora_convert.peft_import import from_peft
-from mlxlora_convert.probe import Probe, ReadBack, ReaderMissing
+from mlxlora_convert.probe import Probe, ReadBack
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PADDED_BYTES = 1 << 30  # one rank for all modules may cost this much at most, or eight times what is needed
@@ -97,9 +96,7 @@ def read_back(job: ExportJob, probe: Probe) -> ReadBack:
 
     The bound leaves room for what the two programs differ in without the adapter.
     """
-    missing = [name for name in ("torch", "transformers", "peft") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ReaderMissing("PEFT", f"pip install {' '.join(missing)}")
+    transformers_reader.refuse_missing("PEFT", "peft")
     with hf_base.transformers_model(job) as model, _quiet() as seen:
         import peft
 
@@ -107,9 +104,9 @@ def read_back(job: ExportJob, probe: Probe) -> ReadBack:
         lost = [str(one.message) for one in seen if "missing adapter keys" in str(one.message).lower()]
         if lost:
             raise AdapterError(f"PEFT does not find all tensors of what was written: {lost[0][:500]}")
-        theirs = hf_base.log_probs(adapted, probe.tokens)
+        theirs = transformers_reader.log_probs(adapted, probe.tokens)
         with adapted.disable_adapter():
-            plain = hf_base.log_probs(adapted, probe.tokens)
+            plain = transformers_reader.log_probs(adapted, probe.tokens)
     apart = float(np.abs(plain - probe.base_log_probs[:, : plain.shape[-1]]).max())
     return probe.compare("PEFT", theirs, BOUND + 2 * apart)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import numpy.typing as npt
 
-from mlxlora.model import LanguageModel, load
+from mlxlora import hub
+from mlxlora.adapters import Adapters
+from mlxlora.model import fingerprint, load_network, load_tokenizer
 
 TOKENS = 64
 # several scripts, digits and code, so that rare rows of the embedding and long tokens are seen as well
@@ -78,22 +81,25 @@ class Probe:
 
     @cached_property
     def _seen(self) -> tuple[list[int], npt.NDArray[np.float32]]:
-        model = self._load(self._source.adapter)
-        ids = [int(token) for token in model.tokenizer.hf.encode(TEXT)]
+        path = hub.find(self._source.base, revision=self._source.revision)
+        tokenizer = load_tokenizer(path, trust_remote_code=self._source.trust_remote_code)
+        ids = [int(token) for token in tokenizer.hf.encode(TEXT)]
         tokens = (ids * (TOKENS // max(len(ids), 1) + 1))[:TOKENS] if ids else list(range(TOKENS))
-        return tokens, log_probs(model.network, tokens)
+        return tokens, streamed(lambda: self._network(self._source.adapter), tokens)
 
-    def _load(self, adapter: Sequence[str]) -> LanguageModel:
+    def _network(self, adapter: Sequence[str]) -> nn.Module:
         source = self._source
-        model = load(source.base, revision=source.revision, trust_remote_code=source.trust_remote_code)
+        path = hub.find(source.base, revision=source.revision)
+        network, _ = load_network(path, trust_remote_code=source.trust_remote_code)
+        adapters = Adapters(network, lambda: fingerprint(path))
         for spec in adapter:
-            model.adapters.add_spec(spec, any_base=source.any_base)
-        return model
+            adapters.add_spec(spec, any_base=source.any_base)
+        return network
 
     @cached_property
     def base_log_probs(self) -> npt.NDArray[np.float32]:
         """The same for the model without adapters."""
-        return log_probs(self._load(()).network, self.tokens)
+        return streamed(lambda: self._network(()), self.tokens)
 
     @property
     def tokens(self) -> list[int]:
@@ -118,7 +124,22 @@ def log_probs(network: Any, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
 
     The network is changed to float32 (quantized weights keep their bits; their scales become float32).
     """
+    return np.array(_lazy_log_probs(network, tokens))
+
+
+def streamed(build: Callable[[], nn.Module], tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+    """`log_probs` of a network that is built for this and let go before anything is computed.
+
+    Its weights in float32 are then held by the computation alone, each from when it is read to when it has been used.
+    """
+    result = _lazy_log_probs(build(), tokens)
+    found = np.array(result)
+    mx.clear_cache()
+    return found
+
+
+def _lazy_log_probs(network: Any, tokens: Sequence[int]) -> mx.array:
     network.set_dtype(mx.float32)
     network.eval()
-    logits = network(mx.array([list(tokens)]))[0].astype(mx.float32)
-    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    logits: mx.array = network(mx.array([list(tokens)]))[0].astype(mx.float32)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)

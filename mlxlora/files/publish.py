@@ -71,24 +71,24 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         refuse_existing(target)
     elif target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} is not a directory. Remove it first.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    sweep_scratch(target.parent, f".{target.name}{SCRATCH}", abandoned=ABANDONED)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
-    held = os.open(scratch, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)  # says to others that this scratch has a living owner
-        scratch.chmod(0o755)
-        with room_for(target, scratch):
-            yield scratch
-            for file in scratch.rglob("*.safetensors"):
-                check_safetensors(file)
-            sync_tree(scratch)
-            publish(scratch, target)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    finally:
-        os.close(held)
+    with _place_for(target):
+        sweep_scratch(target.parent, f".{target.name}{SCRATCH}", abandoned=ABANDONED)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
+        held = os.open(scratch, os.O_RDONLY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX)  # says to others that this scratch has a living owner
+            scratch.chmod(0o755)
+            with room_for(target, scratch):
+                yield scratch
+                for file in scratch.rglob("*.safetensors"):
+                    check_safetensors(file)
+                sync_tree(scratch)
+                publish(scratch, target)
+        except BaseException:
+            shutil.rmtree(scratch, ignore_errors=True)
+            raise
+        finally:
+            os.close(held)
 
 
 @contextlib.contextmanager
@@ -100,14 +100,28 @@ def new_file(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     refuse_existing(target)
+    with _place_for(target):
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}{SCRATCH}", dir=target.parent) as folder:
+            path = Path(folder, target.name)
+            with room_for(target, path):
+                yield path
+                sync(path)
+                path.rename(target)
+        sync(target.parent)
+
+
+@contextlib.contextmanager
+def _place_for(target: Path) -> Iterator[None]:
+    """Make the directories above `target`; where nothing comes of it, those that were made go again."""
+    made = [parent for parent in target.absolute().parents if not parent.exists()]
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}{SCRATCH}", dir=target.parent) as folder:
-        path = Path(folder, target.name)
-        with room_for(target, path):
-            yield path
-            sync(path)
-            path.rename(target)
-    sync(target.parent)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else's file stands there by now
+            for parent in made:
+                parent.rmdir()
+        raise
 
 
 def publish(scratch: Path, target: Path) -> None:

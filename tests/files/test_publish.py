@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,6 +34,18 @@ def test_an_error_leaves_everything_as_it_was(tmp_path: Path) -> None:
         (scratch / "a").write_text("2")
         raise KeyboardInterrupt
     assert content(tmp_path / "out") == {"a": "1"} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("new", [publishing.new_directory, publishing.new_file])
+def test_directories_above_go_again_if_nothing_comes_of_it(tmp_path: Path, new: Any) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RuntimeError), new(tmp_path / "there" / "a" / "b" / "target"):
+        raise RuntimeError
+    assert list((tmp_path / "there").iterdir()) == []
+    with pytest.raises(RuntimeError), new(tmp_path / "there" / "a" / "b" / "target"):
+        (tmp_path / "there" / "a" / "of somebody").touch()
+        raise RuntimeError
+    assert [path.name for path in (tmp_path / "there" / "a").iterdir()] == ["of somebody"]
 
 
 def test_a_truncated_safetensors_file_is_not_published(tmp_path: Path) -> None:
