@@ -28,6 +28,10 @@ def find(source: str | Path, *, revision: str | None = None) -> Path:
     Only the needed files are fetched; an interrupted download goes on; what is here is not fetched again.
     Raises ModelError, in one line, when there is no such directory and no such name, or no way to the hub.
     """
+    if not isinstance(source, (str, Path)):
+        raise ModelError(
+            f"A model is named here by its directory or its name on the hub, not given as {type(source).__name__}."
+        )
     if not str(source).strip():
         raise ModelError("An empty name: there is no such directory.")
     path = Path(source).expanduser()

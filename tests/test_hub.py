@@ -134,3 +134,8 @@ def test_files_and_local_revisions_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="revision"):
         hub.find(tmp_path, revision="main")
     assert hub.find(str(tmp_path)) == tmp_path
+
+
+def test_a_loaded_model_is_no_name() -> None:
+    with pytest.raises(ModelError, match="by its directory or its name on the hub, not given as dict"):
+        hub.find({})  # type: ignore[arg-type]
