@@ -11,7 +11,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import docstring_parser  # what jsonargparse reads docstrings with, too
 import yaml
@@ -52,7 +52,7 @@ def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
     actions = parser._option_string_actions
     bare = [action.dest.upper() for action in parser._actions if not action.option_strings]
     result: list[str] = []
-    lists: dict[str, list[str]] = {}
+    lists: dict[tuple[str, str], list[str]] = {}
     index = 0
     while index < len(words):
         word = words[index]
@@ -68,10 +68,10 @@ def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
         if flag not in actions and f"{flag}_" in actions:  # a parameter that Python will not have by that name
             flag += "_"
         action = actions.get(flag)
-        if action is None or action.nargs == 0:  # unknown, or of a group that may be left out; --json
+        kind = kind_of(action) if action is not None else kind_below(flag, actions)
+        if action.nargs == 0 if action is not None else not kind:  # --json; unknown
             result.append(flag + equals + value)
             continue
-        kind = kind_of(action)
         given = [value] if equals else []
         while not equals and index < len(words) and not words[index].startswith("--"):
             if kind == "<class 'bool'>" and bare and words[index].lower() not in ("true", "false"):
@@ -82,18 +82,20 @@ def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
                 break
         if not given and kind == "<class 'bool'>":
             given = ["true"]
-        check_given(flag, given, action, [name for name in actions if name.startswith(f"{flag}.")])
+        below = [f"{flag}.{field.name}" for field in fields_of(action)]
+        check_given(flag, given, kind, below or [name for name in actions if name.startswith(f"{flag}.")])
         if "list[" in kind.lower():
-            lists.setdefault(flag, []).extend(given)
+            lists.setdefault((flag, kind), []).extend(given)
+        elif action is None and kind == "<class 'str'>":  # by itself it would be read as YAML: `# Rules`, `a: b`
+            group, _, field = flag.partition(".")
+            result.append(f"{group}={quoted({field: given[0]})}")
         else:
             result.append(f"{flag}={given[0]}")
-    return [*result, *(f"{flag}={joined(values, kind_of(actions[flag]))}" for flag, values in lists.items())]
+    return [*result, *(f"{flag}={joined(values, kind)}" for (flag, kind), values in lists.items())]
 
 
-def check_given(flag: str, values: list[str], action: Any, below: list[str]) -> None:
+def check_given(flag: str, values: list[str], kind: str, group: list[str]) -> None:
     """Raise ConfigError for a flag without a value, with an empty one, or for a group of options as if it were one."""
-    kind = kind_of(action)
-    group = [f"{flag}.{field.name}" for field in fields_of(action)] or below
     if group:
         named = ", ".join(group[:4])
         raise ConfigError(f"{flag} is a group of options. Give them one by one ({named}, …), or all by --config FILE.")
@@ -112,6 +114,11 @@ def joined(values: list[str], kind: str) -> str:
         return values[0]
     if "[str]" not in kind:
         return f"[{','.join(values)}]"
+    return quoted(values)
+
+
+def quoted(values: Any) -> str:
+    """Texts as one line of YAML that says nothing else."""
     written: str = yaml.safe_dump(values, default_style='"', default_flow_style=True, width=10**9, allow_unicode=True)
     return written.rstrip("\n")
 
@@ -140,6 +147,21 @@ def fields_of(action: Any) -> tuple[Field[Any], ...]:
 def kind_of(action: Any) -> str:
     """The annotation behind a flag, as text."""
     return str(getattr(action, "_typehint", ""))
+
+
+def kind_below(flag: str, actions: dict[str, Any]) -> str:
+    """The same for an option of a group that may be left out (`--gguf.type`); empty where it is of no such group.
+
+    Raises ConfigError for an option that the group does not have.
+    """
+    name, _, field = flag.partition(".")
+    group = group_of(actions.get(name))
+    if group is None:
+        return ""
+    kinds = get_type_hints(group)
+    if field not in kinds:
+        raise ConfigError(f"unknown option {flag}.{nearest(flag[2:], [f'{name[2:]}.{known}' for known in kinds])}")
+    return str(kinds[field])
 
 
 def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:

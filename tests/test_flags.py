@@ -7,6 +7,7 @@ import pytest
 
 from mlxlora import cli, flags
 from mlxlora.cli import VERBS
+from mlxlora.errors import ConfigError
 from tests.options.calls import parser_of
 
 WRONG = {"int": "x", "float": "x", "bool": "maybe", "Literal": "nosuch", "dict": "x", "tuple": "0.9"}
@@ -112,6 +113,30 @@ def test_texts_arrive_as_they_are(text: str) -> None:
     given = flags.parse(parser, flags.normalise(parser, words))
     assert (given["model"], given["prompt"], given["system"]) == (text, text, text)
     assert given["adapter"] == [text, "other"] and given["sampling"].stop == [text]
+
+
+@pytest.mark.parametrize("text", ["# Rules", "~", "yes", "12", "a: b", "[1", "'", "{x: 1}", "- a", "é😀\n \\n", ""])
+def test_texts_of_a_group_that_may_be_left_out(text: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("ollama: {type: f16, system: other}\n")
+    parser, _ = parser_of("export")
+    words = ["--config", str(tmp_path / "c.yaml"), "--model", "m", "--to", "ollama", "--out", "o"]
+    given = flags.parse(parser, flags.normalise(parser, [*words, "--ollama.system", text, "--ollama.template", "gguf"]))
+    assert (given["ollama"].system, given["ollama"].type, given["ollama"].template) == (text, "f16", "gguf")
+
+
+def test_switches_of_a_group_that_may_be_left_out() -> None:
+    parser, _ = parser_of("export")
+    words = ["--model", "m", "--to", "mlx", "--out", "o"]
+    for given in (["--mlx.dequantize"], ["--mlx.dequantize", "--adapter", "a"], ["--mlx.dequantize", "true"]):
+        assert flags.parse(parser, flags.normalise(parser, [*words, *given]))["mlx"].dequantize is True
+    assert flags.parse(parser, flags.normalise(parser, [*words, "--mlx.dequantize=false"]))["mlx"].dequantize is False
+    for wrong, said in (
+        (["--mlx.bits"], "--mlx.bits needs a value"),
+        (["--mlx.bits", ""], "--mlx.bits is empty"),
+        (["--mlx.bit"], "unknown option --mlx.bit. Did you mean 'mlx.bits'"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            flags.normalise(parser, [*words, *wrong])
 
 
 def test_one_value_of_a_list_of_numbers_is_a_list() -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlxlora import mlxlm
 from mlxlora.architecture import spelled_both_ways
-from mlxlora.errors import FormatError, ModelError, Problem
+from mlxlora.errors import ConfigError, FormatError, ModelError, Problem
 from mlxlora.files import new_directory, write_json
 from mlxlora.model import load_network
 from mlxlora.parameters import flat
@@ -75,8 +75,8 @@ def import_gguf(
     entries, settings = plan(weights, chosen, dequantize)
     config = spelled_both_ways({**config, "torch_dtype": chosen} | settings)
     with new_directory(out_dir) as scratch:
+        notes = write_tokenizer(header, scratch, config)  # refused before much is written
         write_shards(scratch, entries, on_progress=on_progress)
-        notes = write_tokenizer(header, scratch, config)
         write_json(scratch / "config.json", config)
         load_network(scratch)
         Tokenizer.load(scratch)
@@ -87,11 +87,22 @@ def import_gguf(
 def read(job: ImportJob) -> list[str]:
     """`mlxlora import FILE.gguf`."""
     options = job.option(GGUFImportOptions)
+    if job.model is not None:
+        raise ConfigError("A GGUF file holds a whole model, so there is no base: leave out --model.")
     done = import_gguf(
-        job.source, job.out, dtype=options.dtype, dequantize=options.dequantize, on_progress=job.on_progress
+        the_file(job.source), job.out, dtype=options.dtype, dequantize=options.dequantize, on_progress=job.on_progress
     )
     kept = f"{done.kept} of {done.tensors} tensors kept their quantization." if done.kept else ""
     return [note for note in (kept, *done.notes) if note]
+
+
+def the_file(source: Path) -> Path:
+    """The GGUF file that is meant: the only one of a directory. Raises ConfigError where there are several."""
+    found = sorted(source.glob("*.gguf")) if source.is_dir() else [source]
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "no GGUF file"
+        raise ConfigError(f"{source} holds {names}. Name one.")
+    return found[0]
 
 
 def check_blocks(header: GGUFHeader, family: Family) -> None:

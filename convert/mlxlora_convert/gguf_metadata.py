@@ -122,7 +122,7 @@ def configuration(family: Family, header: GGUFHeader) -> dict[str, Any]:
         if value is None:
             return None
         if not GOOD[kind](value):
-            problems.append(Problem(f"{family.gguf}.{key}", f"found {shown(value)}, expected {kind}"))
+            problems.append(Problem(f"{family.gguf}.{key}", f"found {shown(value)}, expected {GOOD_WORDS[kind]}"))
             return None
         return value
 
@@ -140,6 +140,12 @@ def configuration(family: Family, header: GGUFHeader) -> dict[str, Any]:
         config.setdefault(name, value)
     config |= {name: tensor in header.tensors for name, tensor in family.from_names}
     config["head_dim"] = take(HEAD_KEYS[0], "uint32") or head_size(config)
+    if config["head_dim"] % 2:
+        problems.append(
+            Problem(
+                f"{family.gguf}.{HEAD_KEYS[0]}", f"heads are {config['head_dim']} wide, which rotary pairs cannot be"
+            )
+        )
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     config |= gguf_rope.configuration(header, family.gguf, config, take)
     if problems:
@@ -190,6 +196,7 @@ def is_flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
+GOOD_WORDS = {"uint32": "a whole number above 0", "float32": "a finite number", "bool": "true or false"}
 GOOD: dict[str, Callable[[Any], bool]] = {"uint32": is_count, "float32": is_number, "bool": is_flag}
 
 

@@ -163,7 +163,10 @@ def changed(entry: Tensors, found: list[Weight], config: dict[str, Any], *, back
     change: Change = entry.change
     if change == "rotary" and not config.get("rope_traditional"):
         heads = config["num_key_value_heads"] if entry.gguf.endswith("attn_k") else config["num_attention_heads"]
-        order = rotary_order(weight_rows(weight) // heads, backwards=backwards)
+        rows = weight_rows(weight)
+        if backwards and rows != heads * config["head_dim"]:
+            return weight  # left for whoever holds its shape against the network's
+        order = rotary_order(rows // heads, backwards=backwards)
         return PermutedVector(weight, order) if len(weight.shape) == 1 else PermutedRows(weight, order)
     if change == "plus_one":
         return Scaled(weight, shift=-1.0 if backwards else 1.0)

@@ -9,9 +9,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlxlora.errors import FormatError, UnsupportedError
+from mlxlora.errors import ConfigError, FormatError, UnsupportedError
 from mlxlora.model import load, load_network
 from mlxlora.parameters import flat
+from mlxlora_convert.export import import_
 from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.gguf_import import import_gguf
@@ -169,6 +170,13 @@ WRONG: dict[str, tuple[Any, str]] = {
     "a huge number of blocks": (lambda m, t: m.update({"llama.block_count": 2**31 - 1}), "llama.block_count"),
     "no width": (lambda m, t: m.pop("llama.embedding_length"), "llama.embedding_length: missing"),
     "another width": (lambda m, t: m.update({"llama.embedding_length": 2**30}), "token_embd.weight|possible network"),
+    "heads that do not divide": (
+        lambda m, t: m.update({"llama.attention.head_count_kv": 3}),
+        r"attn_k.weight: shape \[16, 32\], expected \[24, 32\]",
+    ),
+    "heads of odd width": (
+        lambda m, t: m.update({"llama.attention.key_length": 7, "llama.rope.dimension_count": 7}), "heads are 7 wide"
+    ),
     "no heads": (lambda m, t: m.update({"llama.attention.head_count": 0}), "head_count"),
     "an eps that is not a number": (
         lambda m, t: m.update({"llama.attention.layer_norm_rms_epsilon": float("nan")}), "rms_epsilon",
@@ -191,6 +199,20 @@ def test_a_file_that_does_not_fit_is_refused_and_nothing_written(tmp_path: Path,
     with pytest.raises(FormatError, match=expected):
         import_gguf(file, tmp_path / "after")
     assert not list(tmp_path.glob("*after*"))
+
+
+def test_the_file_of_a_directory(tmp_path: Path) -> None:
+    directory = tiny.model_directory(tmp_path / "model", "llama")
+    (tmp_path / "made").mkdir()
+    export_gguf(directory, tmp_path / "made" / "model.gguf", type="q8_0")
+    (tmp_path / "made" / "Modelfile").write_text("FROM ./model.gguf\n")
+    with pytest.raises(ConfigError, match="leave out --model"):
+        import_(tmp_path / "made", tmp_path / "out", model=str(directory))
+    assert import_(tmp_path / "made", tmp_path / "out").format == "gguf"
+    (tmp_path / "made" / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ConfigError, match=r"holds model.gguf, other.gguf\. Name one"):
+        import_(tmp_path / "made", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_what_cannot_be_read_yet_is_named(tmp_path: Path) -> None:
