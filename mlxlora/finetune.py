@@ -126,10 +126,12 @@ def learn(
     accept_changes: Sequence[str] = (),
     on_event: Callable[[Event], None] | None = None,
     control: Control | None = None,
+    note: str = "",
 ) -> FinetuneResult:
     """A run of the model at `path` on samples that were read before.
 
     settings: the options of `finetune` by name, all of them
+    note:     what they do not tell of this run; it heads config.yaml and stands in the report
     """
     identity = identify(path, tokenizer, splits, settings)
     accepted = check_accepted(accept_changes, identity)
@@ -143,7 +145,7 @@ def learn(
         watch = Watch(run, on_event, lambda: trackers.trackers(settings["report_to"] or [], run.path, plain(settings)))
         with host.awake() if host else contextlib.nullcontext(), watch:
             for event in session(
-                language_model, splits, run, settings, watch, control, Pace(host=host) if host else None, limit
+                language_model, splits, run, settings, watch, control, Pace(host=host) if host else None, limit, note
             ):
                 watch(event)
         return watch.result(settings["model"], rows_given=settings["data"] is None)
@@ -158,6 +160,7 @@ def session(
     control: Control | None,
     pace: Pace | None,
     limit: int,
+    note: str = "",
 ) -> Iterator[Event]:
     """One session of a run on a loaded model: inject, train, and leave the model as it was."""
     network, samples = model.network, settings["samples"]
@@ -189,8 +192,10 @@ def session(
         state = run.latest()
         run.require_space(starting_state(network, optimizer), keep=training.keep)
         run.chosen = choice.kept(settings["training"])
-        run.write_config(yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True))
+        options = yaml.safe_dump(plain(settings), sort_keys=False, allow_unicode=True)
+        run.write_config(f"# {note}\n{options}" if note else options)
         watch.notices += [
+            *([note] if note else []),
             *architecture.silently_wrong(model.config), *left_out(splits), *engine.notes, *run.notices,
             *choice.notices(settings["training"], limit),
             *([NO_PROMPTS] if training.sample_every and splits.valid is None else []),

@@ -15,7 +15,7 @@ from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.engine import EngineConfig
 from mlxlora.files import human_bytes
-from mlxlora.finetune import feeds
+from mlxlora.finetune import feeds, refuse_pointless
 from mlxlora.macs import MEMORIES, mac, working_set
 from mlxlora.memory import SAFE_SHARE, limit_of
 from mlxlora.model import LanguageModel, load
@@ -129,6 +129,7 @@ def plan(
         revision: branch, tag or commit on the hub
         trust_remote_code: allow the model to run Python code of its own
     """
+    refuse_pointless(adapter, optimizer)
     here = limit_of(memory_limit)
     machine, limit = ("this machine", here) if for_ is None else other_machine(for_)
     loaded = load(hub.find(model, revision=revision), trust_remote_code=trust_remote_code)

@@ -121,6 +121,16 @@ class Search:
         self.base, self.search, self.out = base, search, base["out"]
         self.control, self.on_progress = control, on_progress
 
+    @property
+    def note(self) -> str:
+        """What the options of a trial do not tell."""
+        held_out = 0 if self.splits.valid is None else len(self.splits.valid)
+        return (
+            f"a trial of mlxlora tune: learned from {len(self.splits.train):,} samples and validated on {held_out:,}, "
+            f"drawn from the data named here (search.rows {self.search.rows:,}, search.validation_rows "
+            f"{self.search.validation_rows:,})"
+        )
+
     def learning_rates(self) -> tuple[float | None, list[tuple[float, float]], list[str]]:
         """(suggested rate, the range test's (rate, loss), notices)."""
         search = self.search
@@ -182,7 +192,7 @@ class Search:
         run.parent.mkdir(parents=True, exist_ok=True)
         result = learn(
             self.path, self.tokenizer, self.splits, self.base | options | {"training": training, "out": run},
-            on_event=watch, control=self.control,
+            on_event=watch, control=self.control, note=self.note,
         )  # fmt: skip
         return None if result.reason == "stopped" else loss_of(result.best_loss)
 

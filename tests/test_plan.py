@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mlxlora.adapters import AdapterConfig
 from mlxlora.errors import ConfigError
 from mlxlora.plan import other_machine, plan
 from mlxlora.training.config import TrainingConfig
+from mlxlora.training.optimizer import OptimizerConfig
+from mlxlora.tune import tune
 from tests import tiny
 
 
@@ -30,6 +34,18 @@ def test_the_verb(tmp_path: Path) -> None:
     assert there.machine == "M2 16GB" and there.seconds is None and there.limit < 12e9
     small = plan(*given, memory_limit="1.2MB", **options)
     assert small.seconds is None and "does not fit" in str(small)
+
+
+def test_what_train_refuses_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    pointless: dict[str, Any] = {
+        "adapter": AdapterConfig(type="full"),
+        "optimizer": OptimizerConfig(lora_plus_ratio=4.0),
+    }
+    verbs: list[Any] = [plan, partial(tune, out=tmp_path / "out")]
+    for verb in verbs:
+        with pytest.raises(ConfigError, match="no lora_b"):
+            verb(str(tmp_path / "no-model"), [str(tmp_path / "no-rows")], **pointless)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

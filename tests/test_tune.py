@@ -89,6 +89,8 @@ def test_a_part_of_the_data_is_enough(place: Path, tmp_path: Path) -> None:
     assert data["samples"] + 3 == 15 and data["validation_samples"] == 2  # one of the three split off is not needed
     assert yaml.safe_load((found.out / "best.yaml").read_text())["data"] == [str(place / "rows.jsonl")]
     assert not [event for event in read(trial / "metrics.jsonl") if event["event"] == "samples"]
+    said = "learned from 12 samples and validated on 2, drawn from the data named here (search.rows 15,"
+    assert said in (trial / "config.yaml").read_text().splitlines()[0] and said in (trial / "report.html").read_text()
 
 
 def test_what_it_found_trains(place: Path, found: TuneResult, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from contextvars import ContextVar, copy_context
 from queue import SimpleQueue
@@ -49,6 +48,9 @@ def settles() -> bool:
     return _settled.get() is not None
 
 
+_Answer = list[tuple[Any, BaseException | None]]  # one: the result, or why there is none
+
+
 class _Beside:
     """A thread beside the one that takes gradients; it starts when it is first asked, and never ends.
 
@@ -57,7 +59,7 @@ class _Beside:
     """
 
     def __init__(self) -> None:
-        self._tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]] = SimpleQueue()
+        self._tasks: SimpleQueue[tuple[SimpleQueue[_Answer], Callable[[], Any]]] = SimpleQueue()
         self._thread: Thread | None = None
 
     def run(self, function: Callable[..., T], *args: Any) -> T:
@@ -72,19 +74,28 @@ class _Beside:
             with mx.stream(stream):
                 return function(*args)
 
-        future: Future[T] = Future()
-        self._tasks.put((future, lambda: context.run(call)))
-        return future.result()
+        answers: SimpleQueue[_Answer] = SimpleQueue()
+        self._tasks.put((answers, lambda: context.run(call)))
+        result, failure = answers.get().pop()
+        try:
+            if failure is not None:
+                raise failure
+            found: T = result
+            return found
+        finally:
+            del failure  # which knows this frame
 
     @staticmethod
-    def _work(tasks: SimpleQueue[tuple[Future[Any], Callable[[], Any]]]) -> None:
+    def _work(tasks: SimpleQueue[tuple[SimpleQueue[_Answer], Callable[[], Any]]]) -> None:
         while True:
-            future, task = tasks.get()
+            answers, task = tasks.get()
+            answer: _Answer = []
             try:
-                future.set_result(task())
+                answer.append((task(), None))
             except BaseException as failure:
-                future.set_exception(failure)
-            del future, task  # and what they hold
+                answer.append((None, failure))
+            del task  # and what it holds, before anybody goes on: else the peak would hang on who is quicker
+            answers.put(answer)  # which is empty as soon as it is read
 
 
 _beside = _Beside()

@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlxlora.adapters import weights
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, relative_error, tolerance
-from mlxlora.engine.device import on_cpu
+from mlxlora.engine.device import on_cpu, settle
 from mlxlora.engine.dropout import set_keys
 from mlxlora.engine.hold import Hold
 from mlxlora.engine.slots import Slots
@@ -102,6 +102,7 @@ class HeadView:
         unpacked = [_dense(module) for module in self._slow]
 
         def head(rows: mx.array, learned: Sequence[mx.array], index: int) -> mx.array:
+            settle(*unpacked)  # what unpacking takes is gone before there are logits
             # the backward pass calls this when the slots hold other arrays again
             with self._slots.holding(arrays), self._slots.holding(learned, self._indices if learned else []):
                 if key is not None and learned:  # every chunk its own dropout mask

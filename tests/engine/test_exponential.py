@@ -78,11 +78,3 @@ def test_what_is_compiled_stays_so_within_a_gradient() -> None:
             gradient = mx.vjp(square, [mx.array([3.0])], [mx.array([1.0])])[1][0]
             assert gradient.tolist() == [6.0]
     assert len(calls) == 1  # traced once, not called each time
-
-
-def test_failures_come_back_from_the_other_thread() -> None:
-    def fails() -> None:
-        raise ValueError("no")
-
-    with settling_afterwards(), pytest.raises(ValueError, match="no"):
-        aside(fails)
