@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ import numpy as np
 from mlxlora import mlxlm
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.control import ControlTokens, Reserved
-from mlxlora.data.formats import read_messages
+from mlxlora.data.formats import SHAREGPT_ROLES, read_messages
 from mlxlora.data.known_templates import template_source
 from mlxlora.data.problems import RowError
-from mlxlora.data.records import Conversation
+from mlxlora.data.records import ROLES, Conversation
 from mlxlora.data.records import Message as RecordMessage
 from mlxlora.data.rendering import ChatRenderer
 from mlxlora.data.sample import Sample
@@ -26,6 +27,7 @@ from mlxlora.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 BEGINNING = 32  # tokens of a text that are enough to go on from
+ROLE_NAMES = {*ROLES, *SHAREGPT_ROLES, "ipython"}  # as templates write them
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,4 +167,25 @@ def sample_prompt(tokenizer: Tokenizer, sample: Sample) -> tuple[Prompt, str]:
     stops = (final,) if final in tokenizer.control_tokens.values() else ()
     ids = sample.tokens[:begin].tolist()
     expected = tokenizer.decode(sample.tokens[begin:end], skip_special=True).strip()
-    return Prompt(tokenizer.decode(ids, skip_special=True), ids, stops), expected
+    return Prompt(_spoken(tokenizer, ids), ids, stops), expected
+
+
+def _spoken(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """A prompt for people to read: no control tokens, and a role only where there are several turns."""
+    control = {number: text.strip("<|>") for text, number in tokenizer.control_tokens.items()}
+    turns: list[tuple[str, str]] = []
+    role = ""
+    for marks, piece in groupby(ids, key=control.__contains__):
+        if marks:  # <|user|>
+            role = next((control[number] for number in piece if control[number] in ROLE_NAMES), role)
+            continue
+        text = tokenizer.decode(list(piece)).strip()
+        first, _, rest = text.partition("\n")
+        if first.strip() in ROLE_NAMES:  # between two control tokens, or in the first line after one
+            role, text = first.strip(), rest.strip()
+        if text:
+            turns.append((role, text))
+            role = ""
+    if len(turns) == 1:
+        return turns[0][1]
+    return "\n".join(f"{role}: {text}" if role else text for role, text in turns)

@@ -8,7 +8,7 @@ import pytest
 
 from mlxlora.data import SamplesConfig, from_rows
 from mlxlora.errors import DataError
-from mlxlora.prompts import ChatPrompts
+from mlxlora.prompts import ChatPrompts, sample_prompt
 from mlxlora.tokenizer import ALIAS_CLOSE, ALIAS_OPEN, Tokenizer
 from tests.chat_families import MARKED, hf_tokenizer
 
@@ -49,6 +49,17 @@ def test_the_prompt_is_what_training_saw_before_the_answer(family: str, talk: li
     assert int(sample.tokens[sample.weights > 0][-1]) in (*prompt.stops, tokenizer.eos_id)
     whole = ChatPrompts(tokenizer, template=family)(talk, tools=tools, add_generation_prompt=False)
     assert whole.tokens == sample.tokens.tolist()
+
+
+@pytest.mark.parametrize("family", ["chatml", "gemma", "zephyr", "phi3", "mistral"])
+def test_a_sample_s_prompt_is_shown_as_what_was_said(family: str) -> None:
+    tokenizer, config = tokenizer_of(family), SamplesConfig(template=family)
+    said = ["Who is\nit?", "I.", "And?", "You."]
+    talk = [{"role": "user" if turn % 2 == 0 else "assistant", "content": text} for turn, text in enumerate(said)]
+    one, two = (sample_prompt(tokenizer, from_rows([talk[:end]], tokenizer, config)[0]) for end in (2, 4))
+    assert (one[0].text, one[1]) == ("Who is\nit?", "I.")
+    roles = {"mistral": ("", ""), "gemma": ("user: ", "model: ")}.get(family, ("user: ", "assistant: "))
+    assert two[0].text == f"{roles[0]}Who is\nit?\n{roles[1]}I.\n{roles[0]}And?"
 
 
 def test_no_text_can_spell_a_control_token() -> None:

@@ -181,6 +181,13 @@ def of_steps(title: str, field: str, **options: Any) -> Callable[[Sequence[Run]]
     return make
 
 
+def memory(runs: Sequence[Run]) -> dict[str, Any]:
+    """The chart of peak memory, in a unit that suits it."""
+    most = max((event["peak_memory"] for run in runs for event in run.of("step")), default=0)
+    unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
+    return of_steps(f"Peak memory ({unit})", "peak_memory", zero=True, divide=size)(runs)
+
+
 def lengths(runs: Sequence[Run]) -> dict[str, Any]:
     """The chart of how long the samples are."""
     curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]] = []
@@ -199,7 +206,7 @@ CHARTS: list[Callable[[Sequence[Run]], dict[str, Any]]] = [
     of_steps("Learning rate", "learning_rate", zero=True),
     of_steps("Gradient norm, before clipping", "grad_norm", log=True),
     of_steps("Throughput (trained tokens per second)", "tokens_per_second", zero=True),
-    of_steps("Peak memory (GB)", "peak_memory", zero=True, divide=1e9),
+    memory,
     lengths,
 ]
 
