@@ -51,6 +51,7 @@ def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
     """
     actions = parser._option_string_actions
     bare = [action.dest.upper() for action in parser._actions if not action.option_strings]
+    several = any(action.nargs == "+" for action in parser._actions if not action.option_strings)
     result: list[str] = []
     lists: dict[tuple[str, str], list[str]] = {}
     index = 0
@@ -74,7 +75,8 @@ def normalise(parser: ArgumentParser, words: list[str]) -> list[str]:
             continue
         given = [value] if equals else []
         while not equals and index < len(words) and not words[index].startswith("--"):
-            if kind == "<class 'bool'>" and bare and words[index].lower() not in ("true", "false"):
+            wanted = several or sum(not one.startswith("--") for one in result) < len(bare)
+            if kind == "<class 'bool'>" and wanted and words[index].lower() not in ("true", "false"):
                 break  # a switch; what follows stands without a flag
             given.append(words[index])
             index += 1
@@ -255,11 +257,11 @@ def explain(message: str, known: list[str]) -> str:
             f"--{name}" if name in known else name.upper() for name in match[1].replace(",", " ").split()
         )
     if match := re.search(r'Parser key "([\w.]+)":\s*(.*)', message, re.S):
-        return explain_value(match)
+        return explain_value(match, known)
     return message
 
 
-def explain_value(match: re.Match[str]) -> str:
+def explain_value(match: re.Match[str], known: list[str]) -> str:
     """What a value is, and what it must be."""
     what = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", match[2]).replace("typing.", "")
     inner = re.search(r'Parser key "(\w+)"', what)  # the field of a group that may also be left out
@@ -273,5 +275,6 @@ def explain_value(match: re.Match[str]) -> str:
     if nested := re.search(r"Got value: NestedArg\(key='([\w.]+)'", what):
         return f"unknown option --{name}.{nested[1]}."
     if given and kinds:
-        return f"--{name} is {given[1].strip() or 'empty'}, but must be {' or '.join(sorted(kinds))}."
+        shown = f"--{name}" if name in known else name.upper()
+        return f"{shown} is {given[1].strip() or 'empty'}, but must be {' or '.join(sorted(kinds))}."
     return f"--{match[1]}: " + " ".join(what.split())

@@ -6,7 +6,7 @@ import re
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mlxlora.errors import DataError, ModelError
+from mlxlora.errors import DataError, ModelError, nearest
 
 # what a model needs, and nothing else: no original checkpoints, no ONNX, no images
 MODEL_FILES = (
@@ -44,8 +44,15 @@ def find(source: str | Path, *, revision: str | None = None) -> Path:
         raise ModelError(f"{source} is a file; a model is a directory with config.json and weights.")
     looks_local = isinstance(source, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local or not is_name(name):
-        raise ModelError(f"{source}: there is no such directory.")
+        raise ModelError(f"{source}: there is no such directory.{_near(path)}")
     return _fetch(name, revision)
+
+
+def _near(path: Path) -> str:
+    """The directory beside `path` that may have been meant, for the end of a message."""
+    if not path.parent.is_dir():
+        return ""
+    return nearest(path.name, sorted(one.name for one in path.parent.iterdir() if one.is_dir()))
 
 
 def _fetch(name: str, revision: str | None) -> Path:
@@ -90,6 +97,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     except RepositoryNotFoundError:
         raise ModelError(
             f"{name}: no such directory here, and no such model on the hub (or it is private: `hf auth login`)."
+            f"{_near(Path(name))}"
         ) from None
     except HFValidationError:
         raise ModelError(f"{name}: no such directory, and no name that the hub allows.") from None
@@ -98,6 +106,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     except LocalEntryNotFoundError:
         raise ModelError(
             f"{at}: no such directory here, and the hub cannot be reached (no network, or offline mode)."
+            f"{_near(Path(name))}"
         ) from None
     except (http_error, OSError, RuntimeError, ValueError) as error:  # the last two: from Xet's client
         raise ModelError(

@@ -63,6 +63,8 @@ def test_every_option_of_a_kind_says_which_kind(verb: str, capsys: pytest.Captur
         (f"{TRAIN} --training.steps", "--training.steps needs a value."),
         (f"{TRAIN} --memory_limit=", "--memory_limit is empty. Give a value, or leave it out."),
         (f"{TRAIN} stray", "unexpected: stray."),
+        ("upload run --repo a/b --private maybe", "--private is maybe, but must be true or false."),
+        ("completion tcsh", "SHELL is tcsh, but must be one of bash, zsh, fish."),
         ("generate --model m --prompt=", "The prompt is empty."),
         ("serve --model m --host=", "--host is empty."),
         ("serve --model m --origins localhost:3000", "no origin"),

@@ -127,6 +127,14 @@ def test_paths_never_go_to_the_hub(source: str) -> None:
         hub.find(source)
 
 
+@pytest.mark.parametrize("name", ["models/bse", "./models/bse"])
+def test_a_mistyped_directory_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="Did you mean .base"):
+        hub.find(name)
+
+
 def test_files_and_local_revisions_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelError, match="is a file"):

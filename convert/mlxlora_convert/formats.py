@@ -115,6 +115,8 @@ def recognise(source: Path) -> str:
     ]
     if len(found) == 1:
         return found[0]
+    if not found and any((source / place / "adapters.safetensors").is_file() for place in ("best", "adapter")):
+        raise ConfigError(f"{source} is a run: its adapter is ours already. Give it as it is, --adapter {source}.")
     looked = "\n".join(
         f"  {name}: {', '.join(known.marks)}" for name, known in FORMATS.items() if known.reader and known.marks
     )

@@ -119,6 +119,10 @@ def test_formats_are_recognised_by_their_files(formats: types.ModuleType, tmp_pa
     (tmp_path / "x.readable").touch()
     assert table.recognise(tmp_path) == table.recognise(tmp_path / "x.readable") == "readable"
     (tmp_path / "x.readable").rename(tmp_path / "x.foreign")
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    (tmp_path / "run" / "best" / "adapters.safetensors").write_bytes(b"")
+    with pytest.raises(ConfigError, match=r"is a run: .*--adapter .*run"):
+        table.recognise(tmp_path / "run")
     with pytest.raises(ConfigError, match="in no format that can be read"):
         table.recognise(tmp_path)
     with pytest.raises(ConfigError, match="does not exist"):
