@@ -131,7 +131,7 @@ def test_paths_never_go_to_the_hub(source: str) -> None:
 def test_a_mistyped_directory_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "models" / "base").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="Did you mean .base"):
+    with pytest.raises(ModelError, match=r"Did you mean 'base'"):
         hub.find(name)
 
 
