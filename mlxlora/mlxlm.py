@@ -112,8 +112,15 @@ def build(config: dict[str, Any]) -> nn.Module:
     with _as_errors(f"A network of type '{config['model_type']}'"):
         # the arguments keep the dictionaries they are given, and some models write into them
         network = cast(Any, model_class)(arguments.from_dict(_copied(config)))
+    return _whole(network)
+
+
+def _whole(network: nn.Module) -> nn.Module:
+    """The network, not training, and with what `nn.Module` sets up, which recurrent_gemma's constructor forgets."""
+    if "_no_grad" not in vars(network):
+        nn.Module.__init__(network)
     network.eval()
-    return cast(nn.Module, network)
+    return network
 
 
 def _copied(value: Any) -> Any:
@@ -155,7 +162,7 @@ def load_network(
         )
     network.__class__ = used[0]
     config.pop("model_file", None)
-    return cast(nn.Module, network), cast(dict[str, Any], config)
+    return _whole(cast(nn.Module, network)), cast(dict[str, Any], config)
 
 
 @contextlib.contextmanager

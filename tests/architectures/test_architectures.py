@@ -7,7 +7,7 @@ import pytest
 from mlxlora import mlxlm
 from tests.architectures.sweep import examine, in_process
 
-FEW = ["afm7", "dbrx", "lfm2", "mamba2", "olmo2", "phimoe"]
+FEW = ["afm7", "dbrx", "lfm2", "mamba2", "olmo2", "phimoe", "recurrent_gemma"]
 
 
 @pytest.mark.parametrize("model_type", FEW)
