@@ -22,6 +22,8 @@ Method = Literal["sum", "ties", "dare"]
 Array = npt.NDArray[np.float32]
 EXTRA = 8  # directions more than asked for, and rounds of refinement, in the search for the largest ones
 ROUNDS = 4
+DENSITY = 0.5
+NOTHING = 1e-12  # share of the factors' size below which what is left of their product is rounding
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def merge(
     *,
     method: Method = "sum",
     rank: int | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     seed: int = 0,
     any_base: bool = False,
     on_progress: Progress | None = None,
@@ -78,7 +80,7 @@ def merge(
         out: the adapter directory to write; it must not exist
         method: sum, ties or dare
         rank: rank of the result; when left out, the sum of the ranks
-        density: share of the entries that ties and dare keep
+        density: share of the entries that ties and dare keep (default: 0.5)
         seed: for what dare drops
         any_base: merge adapters that were made for different models
 
@@ -88,6 +90,7 @@ def merge(
     """
     out = Path(out)
     _check_options(adapter, method, rank, density)
+    density = DENSITY if density is None else density
     files.refuse_existing(out)
     given = [(spec, *parse_spec(spec)) for spec in adapter]
     read = [(read_adapter(path), weight) for _, path, weight in given]
@@ -108,7 +111,13 @@ def merge(
     error, worst, worst_error = _errors(lost)
     first = read[0][0]
     weights = dict(zip(names, (weight for _, weight in read), strict=True))
-    recipe = {"method": method, "weights": weights, "rank": rank, "density": density, "seed": seed}
+    recipe = {
+        "method": method,
+        "weights": weights,
+        "rank": rank,
+        "density": None if method == "sum" else density,
+        "seed": seed,
+    }
     result = Adapter(
         "lora",
         modules,
@@ -121,7 +130,7 @@ def merge(
     return MergeResult(out, method, weights, len(modules), max(result.ranks), error, worst, worst_error)
 
 
-def _check_options(adapter: Sequence[str], method: str, rank: int | None, density: float) -> None:
+def _check_options(adapter: Sequence[str], method: str, rank: int | None, density: float | None) -> None:
     problems = []
     if not adapter:
         problems.append(Problem("adapter", "no adapter was given", "Name adapters or runs: PATH=WEIGHT"))
@@ -129,7 +138,9 @@ def _check_options(adapter: Sequence[str], method: str, rank: int | None, densit
         problems.append(Problem("method", f"must be sum, ties or dare, not {method!r}"))
     if rank is not None and rank < 1:
         problems.append(Problem("rank", f"must be at least 1, not {rank}"))
-    if not 0 < density <= 1:
+    if density is not None and method == "sum":
+        problems.append(Problem("density", "is of ties and dare, a sum keeps all", "Choose with --method"))
+    elif density is not None and not 0 < density <= 1:
         problems.append(Problem("density", f"must lie above 0 and not above 1, not {density}"))
     if problems:
         raise ConfigError.of("These adapters cannot be merged like this:", problems)
@@ -254,6 +265,7 @@ def _cut(left: Array, right: Array, rank: int) -> tuple[Array, Array, float, flo
     q, r = np.linalg.qr(left.astype(np.float64))
     p, s = np.linalg.qr(right.T.astype(np.float64))
     u, values, v = np.linalg.svd(r @ s.T)
+    values = np.where(values > NOTHING * np.linalg.norm(r) * np.linalg.norm(s), values, 0.0)
     root = np.sqrt(values[:rank])
     a = (q @ u[:, :rank] * root).astype(np.float32)
     b = ((p @ v[:rank].T * root).T).astype(np.float32)

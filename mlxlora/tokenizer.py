@@ -89,7 +89,7 @@ class Tokenizer:
             if not [*path.glob("config.json"), *path.glob("tokenizer*")]:
                 reason = "there is no config.json, so this is no model directory."
             raise ModelError(
-                f"{path}: the tokenizer cannot be loaded: {reason} "
+                f"{path}: the tokenizer cannot be loaded: {reason.rstrip('.: ')}. "
                 "A model directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json."
             ) from None
         return cls(hf, path=path)

@@ -166,9 +166,21 @@ class TestRefusals:
             merge([str(first), str(tmp_path / "wide")], tmp_path / "out")
         assert len(caught.value.problems) == 2
 
+    def test_what_cancels_loses_nothing(self, pair, tmp_path):
+        _, first, _ = pair()
+        done = merge([str(first), f"{first}=-1"], tmp_path / "out", rank=1)
+        assert done.error == 0 and "exact" in str(done)
+        assert not any(mx.any(m.arrays["lora_b"]).item() for m in read_adapter(tmp_path / "out").modules.values())
+
     def test_options(self, pair, tmp_path):
         _, first, second = pair()
-        for wrong in ({"method": "mean"}, {"rank": 0}, {"density": 0.0}, {"density": 1.5}):
+        for wrong in (
+            {"method": "mean"},
+            {"rank": 0},
+            {"density": 0.5},
+            {"method": "ties", "density": 0.0},
+            {"method": "dare", "density": 1.5},
+        ):
             with pytest.raises(ConfigError):
                 merge([str(first), str(second)], tmp_path / "out", **wrong)
         with pytest.raises(ConfigError, match="nothing to merge"):

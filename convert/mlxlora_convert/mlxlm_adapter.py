@@ -26,7 +26,7 @@ from mlxlora.adapters.checks import CONFIG, PARTS, WEIGHTS
 from mlxlora.adapters.files import Adapter, Module, write_adapter
 from mlxlora.adapters.inject import get_module
 from mlxlora.adapters.select import block_paths
-from mlxlora.errors import AdapterError, FormatError, MlxLoraError, Problem, UnsupportedError
+from mlxlora.errors import AdapterError, ConfigError, FormatError, MlxLoraError, Problem, UnsupportedError
 from mlxlora.model import load_network
 from mlxlora_convert.jobs import ExportJob, ImportJob
 from mlxlora_convert.lowrank import Place
@@ -94,6 +94,10 @@ def read_back(job: ExportJob, probe: Probe) -> ReadBack:
 def read(job: ImportJob) -> list[str]:
     """Read an adapter that mlx-lm made, of any age, checked against its base model."""
     source = job.source if job.source.is_dir() else job.source.parent
+    if (source / files.MANIFEST).exists():
+        raise ConfigError(
+            f"{source} was made by mlxlora and is bound to its base by {files.MANIFEST}. Use it as it is: --adapter."
+        )
     settings = _settings(source)
     model = BaseModel.open(
         job.needs_model("mlx-lm adapter"), revision=job.revision, trust_remote_code=job.trust_remote_code

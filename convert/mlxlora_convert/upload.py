@@ -23,6 +23,7 @@ from mlxlora.architecture import refuse_links_out
 from mlxlora.errors import ConfigError, InputError, MlxLoraError, Problem
 from mlxlora.training.events import Event, Notice
 from mlxlora.version import __version__
+from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.model_card import Run, Subject, card
 from mlxlora_convert.ours import HUB_ID
 
@@ -114,8 +115,8 @@ def upload(
         dry_run: tell what would be sent, and send nothing
         endpoint: another hub than https://huggingface.co
 
-    Raises ConfigError when `repo` or `endpoint` cannot be one, InputError when a file names a place or a user of this
-    machine, MlxLoraError when the hub refuses.
+    Raises ConfigError when `repo` or `endpoint` cannot be one, FormatError when weights are damaged, InputError when a
+    file names a place or a user of this machine, MlxLoraError when the hub refuses.
     """
     if not HUB_ID.fullmatch(repo) or ".." in repo:
         raise ConfigError(f"--repo '{repo}' must be OWNER/NAME.")
@@ -132,6 +133,7 @@ def upload(
     text = _card(directory, run, Subject(repo, kind, base, license), card_file)
     with tempfile.TemporaryDirectory(prefix="mlxlora-upload-") as scratch:
         staged = _stage(directory, chosen, text, Path(scratch))
+        _refuse_damaged(staged)
         _refuse_traces(staged)
         sent = tuple(Sent(name, path.stat().st_size) for name, path in staged.items())
         if dry_run:
@@ -204,6 +206,15 @@ def _stage(directory: Path, chosen: list[str], text: str, scratch: Path) -> dict
     staged["README.md"] = scratch / "README.md"
     staged["README.md"].write_text(text, encoding="utf-8")
     return staged
+
+
+def _refuse_damaged(staged: dict[str, Path]) -> None:
+    """Raise FormatError for weights that no reader could load: cut short, or no such file at all."""
+    for name, path in staged.items():
+        if name.endswith(".safetensors"):
+            files.check_safetensors(path)
+        elif name.endswith(".gguf"):
+            read_header(path)
 
 
 def _refuse_traces(staged: dict[str, Path]) -> None:

@@ -233,6 +233,14 @@ def test_wrong_input(llama: Path, tmp_path: Path) -> None:
         MlxLmOptions(scale=float("nan"))
 
 
+def test_an_adapter_of_ours_is_not_bound_to_another_base(llama: Path, tmp_path: Path) -> None:
+    made = tiny.adapter_directory(tmp_path / "made", llama)
+    other = tiny.model_directory(tmp_path / "other", "llama", seed=1)
+    with pytest.raises(ConfigError, match="was made by mlxlora and is bound to its base"):
+        import_(made, tmp_path / "out", model=str(other))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("keep", [0, 10, 500, -30])
 def test_an_archive_cut_short(keep: int, llama: Path, tmp_path: Path) -> None:
     by_mlxlm(llama, tmp_path / "good")

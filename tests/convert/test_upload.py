@@ -16,11 +16,12 @@ import yaml
 
 from mlxlora.adapters import AdapterConfig
 from mlxlora.cli import main
-from mlxlora.errors import ConfigError, InputError, MlxLoraError
+from mlxlora.errors import ConfigError, FormatError, InputError, MlxLoraError
 from mlxlora.finetune import finetune
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Event, Notice
 from mlxlora_convert.export import export
+from mlxlora_convert.gguf_file import export_gguf
 from mlxlora_convert.upload import upload
 from tests import tiny
 from tests.hub_stub import Answering, Stub
@@ -230,6 +231,21 @@ def test_traces_of_this_machine_stop_it(hub: Hub, run: Path, tmp_path: Path) -> 
     (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/Users/jo/models/x"}))
     with pytest.raises(InputError, match=r"adapter_config\.json: holds '/Users/jo'"):
         upload(folder, "someone/tuned", endpoint=hub.address)
+    assert hub.asked == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.gguf"])
+@pytest.mark.parametrize("keep", [0, 20, -40])
+def test_damaged_weights_stay_here(name: str, keep: int, hub: Hub, tmp_path: Path) -> None:
+    model = tiny.model_directory(tmp_path / "model", "llama")
+    if name.endswith(".gguf"):
+        export_gguf(model, tmp_path / "model.gguf", type="q8_0")
+    damaged = (tmp_path if name.endswith(".gguf") else model) / name
+    content = damaged.read_bytes()
+    damaged.write_bytes(content[:keep])
+    for source in {damaged.parent, damaged} if name.endswith(".gguf") else {model}:
+        with pytest.raises(FormatError):
+            upload(source, "someone/model", endpoint=hub.address)
     assert hub.asked == []
 
 
