@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # setuptools warns of every editable installation
 PIP := env PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet
 
-# On Linux MLX's wheel links a reference BLAS; with OpenBLAS in front float32 products are up to 49 times faster.
+# On Linux MLX's wheel links a reference BLAS; with OpenBLAS in front float32 products are many times faster.
 OPENBLAS ?= $(firstword $(wildcard /usr/lib/*/openblas-pthread/libopenblas.so.0 /usr/lib/*/libopenblas.so.0 \
             /usr/lib64/libopenblasp.so.0 /usr/lib64/libopenblas.so.0))
 # On a processor that is newer than itself OpenBLAS falls back to kernels of 2004, four times slower: it is told.
