@@ -20,11 +20,11 @@ def draw(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     by_length = _sweep([_long(length) for length in LENGTHS], list(LENGTHS))
     by_vocabulary = _sweep([_wide(size) for size in VOCABULARIES], list(VOCABULARIES))
-    _plot(folder / "memory_by_length.png", "tokens of one sample", by_length)
-    _plot(folder / "memory_by_vocabulary.png", "vocabulary", by_vocabulary)
+    _plot(folder / "memory_by_length.png", "tokens of one sample", 1024, by_length)
+    _plot(folder / "memory_by_vocabulary.png", "vocabulary", 1000, by_vocabulary)
 
 
-def _plot(path: Path, label: str, found: dict[str, list[tuple[int, float]]]) -> None:
+def _plot(path: Path, label: str, thousand: int, found: dict[str, list[tuple[int, float]]]) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
@@ -32,10 +32,10 @@ def _plot(path: Path, label: str, found: dict[str, list[tuple[int, float]]]) -> 
         axes.plot(*zip(*points, strict=True), marker="o", label=contestant.replace("ours", "mlxlora,"))
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="peak above the weights, MB")
     axes.set_xticks(sorted({point for points in found.values() for point, _ in points}))
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1024:.0f}k")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / thousand:.0f}k")
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
