@@ -86,7 +86,7 @@ def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     assert list((tmp_path / "empty").iterdir()) == []
 
 
-@pytest.mark.parametrize("width", [1200, 390])
+@pytest.mark.parametrize("width", [1200, 500])  # Chromium's windows are no narrower
 def test_it_draws_in_a_browser_without_errors_or_network(tmp_path: Path, width: int) -> None:
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
@@ -100,6 +100,7 @@ def test_it_draws_in_a_browser_without_errors_or_network(tmp_path: Path, width: 
         capture_output=True, text=True, timeout=120, check=True,
     )  # fmt: skip
     assert 'data-drawn="6"' in done.stdout and done.stdout.count("<canvas") == 6
+    assert max(int(found) for found in re.findall(r'<canvas width="(\d+)"', done.stdout)) < width
     assert "<title>run" in done.stdout
     assert "CONSOLE" not in done.stderr, done.stderr
 
