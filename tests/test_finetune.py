@@ -21,6 +21,7 @@ from mlxlora.data import SamplesConfig
 from mlxlora.errors import AdapterError, ConfigError, DataError, RunError
 from mlxlora.finetune import finetune
 from mlxlora.reporting.jsonl import read
+from mlxlora.reporting.report import report
 from mlxlora.reporting.watch import FinetuneResult
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Control, Event, Step, Validation
@@ -245,6 +246,7 @@ def test_the_report_and_samples_are_there(place: Path, tmp_path: Path) -> None:
     assert all(text.startswith("It is") for text in samples[0]["expected"])
     text = (result.run / "report.html").read_text()
     assert "What the model said" in text and "after step 4" in text and "validation loss before" in text
+    assert report([result.run]).report.read_text() == text  # what the run kept of its events is what they say
     usual = train(place, tmp_path / "usual", training=replace(OPTIONS["training"], steps=4))
     without = train(place, tmp_path / "without", training=replace(OPTIONS["training"], steps=4, sample_every=0))
     assert weights(usual.run) == weights(without.run) == weights(result.run)

@@ -30,7 +30,7 @@ class Run:
         settings = files.read_yaml(directory / "config.yaml") if (directory / "config.yaml").is_file() else {}
         if not isinstance(settings, dict):
             raise InputError(f"{directory / 'config.yaml'} holds no settings.")
-        return cls(settings, jsonl.read(directory / "metrics.jsonl"))
+        return cls(settings, list(jsonl.read(directory / "metrics.jsonl")))
 
     def last(self, event: str) -> dict[str, Any]:
         """The newest event of a kind; empty when there is none."""

@@ -12,16 +12,17 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.engine import tape
+from mlxlora.engine.compiled import by_shape
 from mlxlora.engine.device import aside, settle
 from mlxlora.engine.exponential import exponential, one_operation
 
 
-@mx.compile
+@by_shape
 def _product(gate: mx.array, x: mx.array, power: mx.array) -> mx.array:
     return (gate * x / (1 + power)).astype(x.dtype)
 
 
-@mx.compile
+@by_shape
 def _by_gate(gate: mx.array, x: mx.array, power: mx.array, cotangent: mx.array) -> mx.array:
     chance = 1 / (1 + power)
     return (cotangent * x * chance * (1 + gate * (1 - chance))).astype(gate.dtype)

@@ -14,6 +14,7 @@ from threading import get_ident
 
 import mlx.core as mx
 
+from mlxlora.engine.compiled import SHAPES
 from mlxlora.engine.device import on_cpu, settle, settles
 
 Pass = Callable[..., mx.array]
@@ -23,7 +24,6 @@ LEAST, MOST = -87.0, 88.5  # below, 2^n is soon 0; above, it is ∞ (its exponen
 LN2, LN2_REST = 0.693359375, -2.12194440054690583e-4
 # e^f to 3e-9, constant first
 SERIES = (1.0, 1.0, 0.49999994, 0.1666652, 0.041668393, 0.008368757, 0.0013814522)
-SHAPES = 512  # that stay compiled
 LARGE = 1 << 20  # numbers whose passes are worth an evaluation each, so that fewer arrays exist at a time
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlxlora.engine.compiled import by_shape
 from mlxlora.engine.device import settle
 from mlxlora.engine.exponential import exponential, one_operation
 
@@ -27,7 +28,7 @@ Known = tuple[mx.array, mx.array]  # log-probabilities, and the gradient of each
 LOGITS_AT_A_TIME = 1 << 23  # floats of one chunk's logits: 32 MiB
 
 
-@mx.compile
+@by_shape
 def _slope(powers: mx.array, targets: mx.array, token: mx.array, share: mx.array, slope: mx.array) -> mx.array:
     return mx.where(token == targets, slope, 0) - powers * share
 

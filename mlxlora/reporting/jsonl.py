@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,22 +24,25 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def append(path: Path, event: Event) -> None:
-    """Write one event as one whole line. Numbers that are not finite become null: JSON has no others."""
+def append(path: Path, event: Event) -> dict[str, Any]:
+    """Write one event as one whole line; returns what the line holds. Numbers that are not finite become null: JSON
+    has no others."""
     values = {key: finite(value) for key, value in record(event).items()}
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(values, ensure_ascii=False) + "\n")
+    return values
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The events of a file; a last line that a kill cut short is left out. An absent file holds none."""
-    events = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The events of a file, one after another; a last line that a kill cut short is left out. An absent file holds
+    none."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in file:
             try:
                 event = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             if isinstance(event, dict) and "event" in event:
-                events.append(event)
-    return events
+                yield event

@@ -61,11 +61,20 @@ def chart(title: str, curves: list[tuple[dict[str, Any], list[tuple[float, Any]]
     }  # fmt: skip
 
 
-def smooth(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
+class Smoothing:
     """An exponential moving average that starts at the first value and passes over gaps."""
-    level, result = None, []
-    for x, value in points:
+
+    def __init__(self) -> None:
+        self.level: Any = None
+
+    def take(self, value: Any) -> Any:
+        """The average after one more value; None is a gap."""
         if value is not None:
-            level = value if level is None else (1 - SMOOTHING) * level + SMOOTHING * value
-        result.append((x, level))
-    return result
+            self.level = value if self.level is None else (1 - SMOOTHING) * self.level + SMOOTHING * value
+        return self.level
+
+
+def smooth(points: list[tuple[float, Any]]) -> list[tuple[float, Any]]:
+    """The points of a curve, smoothed."""
+    smoothing = Smoothing()
+    return [(x, smoothing.take(value)) for x, value in points]

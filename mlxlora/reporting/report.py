@@ -12,10 +12,12 @@ from mlxlora.errors import RunError
 from mlxlora.files import human_bytes, read_json, read_yaml, refuse_no_page, write_whole
 from mlxlora.reporting.clock import clock
 from mlxlora.reporting.foretold import foretold
-from mlxlora.reporting.jsonl import read
-from mlxlora.reporting.page import chart, render, smooth
+from mlxlora.reporting.history import History
+from mlxlora.reporting.page import chart, render
 from mlxlora.reporting.said import said
 from mlxlora.training.events import Started
+
+PAGE = "report.html"
 
 
 @dataclass(frozen=True)
@@ -40,15 +42,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     identity: dict[str, Any]
-    events: list[dict[str, Any]]
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        """The events of one kind."""
-        return [event for event in self.events if event["event"] == kind]
-
-    def last(self, kind: str) -> dict[str, Any]:
-        """The last event of one kind, or nothing."""
-        return next(reversed(self.of(kind)), {})
+    history: History
 
 
 def report(runs: list[Path], *, out: Path | None = None) -> ReportResult:
@@ -63,13 +57,18 @@ def report(runs: list[Path], *, out: Path | None = None) -> ReportResult:
     if out is not None:
         refuse_no_page(out)
     found = [read_run(Path(path)) for path in runs]
-    place = out or (found[0].path / "report.html" if len(found) == 1 else Path("report.html"))
+    place = out or (found[0].path / PAGE if len(found) == 1 else Path(PAGE))
     write_whole(place, page(found))
     return ReportResult(place, [run.path for run in found], str(found[0].config.get("model", "MODEL")))
 
 
-def read_run(path: Path) -> Run:
-    """Everything that the report tells of one run."""
+def report_of(path: Path, history: History) -> None:
+    """Write RUN/report.html of a run whose events are known."""
+    write_whole(path / PAGE, page([read_run(path, history)]))
+
+
+def read_run(path: Path, history: History | None = None) -> Run:
+    """Everything that the report tells of one run. `history`: its events, where they need not be read."""
     if not path.exists():
         raise RunError(f"{path} does not exist. Name a run directory, which `mlxlora train --out` makes.")
     missing = [name for name in ("config.yaml", "run.json", "metrics.jsonl") if not (path / name).is_file()]
@@ -81,7 +80,7 @@ def read_run(path: Path) -> Run:
         path=path,
         config=config if isinstance(config, dict) else {},
         identity=read_json(path / "run.json")["identity"],
-        events=read(path / "metrics.jsonl"),
+        history=history or History.of(path / "metrics.jsonl"),
     )
 
 
@@ -110,24 +109,21 @@ def describe(run: Run) -> dict[str, Any]:
     return {
         "name": run.name,
         "cards": cards(run),
-        "notices": [event["message"] for event in run.of("notice")],
-        "said": said(run.events),
+        "notices": run.history.notices,
+        "said": said(run.history.looks),
         "commands": f"{command('chat', **here)}\n{command('fuse', **here, out=f'{run.name}-fused')}",
     }
 
 
 def cards(run: Run) -> list[dict[str, str]]:
     """The few numbers that a run comes to."""
-    step, finished = run.last("step"), run.last("finished")
-    validations = run.of("validation")
+    step, history = run.history.step, run.history
     made = []
-    if validations:
-        best = min((event["loss"] for event in validations[1:] if event["loss"] is not None), default=None)
-        if validations[0]["step"] == 0 and validations[0]["loss"] is not None:
-            made.append(("validation loss before", f"{validations[0]['loss']:.4f}"))
-        if best is not None:
-            made.append(("validation loss, best", f"{best:.4f}"))
-    elif step and step["loss"] is not None:
+    if history.baseline is not None:
+        made.append(("validation loss before", f"{history.baseline:.4f}"))
+    if history.best is not None:
+        made.append(("validation loss, best", f"{history.best[1]:.4f}"))
+    if not made and step and step.get("loss") is not None:
         made.append(("training loss, last", f"{step['loss']:.4f}"))
     if step:
         made += [
@@ -135,9 +131,9 @@ def cards(run: Run) -> list[dict[str, str]]:
             ("epochs", f"{step['epoch']:.2f}"),
             ("tokens learned", f"{step['tokens']:,}"),
             ("time", clock(step["elapsed"])),
-            ("peak memory", human_bytes(max(event["peak_memory"] for event in run.of("step")))),
+            ("peak memory", human_bytes(history.peak)),
         ]
-    made.append(("state", str(finished.get("reason", "running or interrupted"))))
+    made.append(("state", str(history.finished.get("reason", "running or interrupted"))))
     return [{"label": label, "value": value} for label, value in made]
 
 
@@ -150,17 +146,14 @@ def losses(runs: Sequence[Run]) -> dict[str, Any]:
     for number, run in enumerate(runs):
         many = len(runs) > 1
         name = f"{run.name} " if many else ""
-        raw = [(event["step"], event["loss"]) for event in run.of("step")]
         if not many:
-            curves.append(({"label": "each step", "color": 0, "faint": True}, raw))
-        curves.append(({"label": f"{name}training, smoothed", "color": 2 * number}, smooth(raw)))
-        held_out = [(event["step"], event["loss"]) for event in run.of("validation")]
+            curves.append(({"label": "each step", "color": 0, "faint": True}, run.history.curves["loss"].all()))
+        smoothed = {"label": f"{name}training, smoothed", "color": 2 * number}
+        curves.append((smoothed, run.history.curves["smoothed"].all()))
         dashed = {"label": f"{name}validation", "color": 2 * number + 1, "dashed": many, "points": True}
-        curves.append((dashed, held_out))
-        after = [point for point in held_out if point[0] > 0 and point[1] is not None]
-        if after:
-            best = min(after, key=lambda point: point[1])
-            curves.append(({"label": f"{name}best", "color": 4, "points": True}, [best]))
+        curves.append((dashed, run.history.validations.all()))
+        if run.history.best is not None:
+            curves.append(({"label": f"{name}best", "color": 4, "points": True}, [run.history.best]))
     return chart("Loss (nats per token)", curves, wide=True)
 
 
@@ -169,8 +162,7 @@ def of_steps(title: str, field: str, **options: Any) -> Callable[[Sequence[Run]]
 
     def make(runs: Sequence[Run]) -> dict[str, Any]:
         curves = [
-            ({"label": run.name, "color": number}, [(event["step"], event[field]) for event in run.of("step")])
-            for number, run in enumerate(runs)
+            ({"label": run.name, "color": number}, run.history.curves[field].all()) for number, run in enumerate(runs)
         ]
         scale = options.get("divide", 1)
         scaled = [
@@ -193,7 +185,7 @@ def lengths(runs: Sequence[Run]) -> dict[str, Any]:
     curves: list[tuple[dict[str, Any], list[tuple[float, Any]]]] = []
     width = 0.0
     for number, run in enumerate(runs):
-        if data := run.last("data"):
+        if data := run.history.data:
             edges = data["histogram_edges"]
             width = edges[1] - edges[0] if len(edges) > 1 else 1
             points = [(edge + width / 2, count) for edge, count in zip(edges, data["histogram_counts"], strict=False)]
@@ -216,7 +208,7 @@ CHARTS: list[Callable[[Sequence[Run]], dict[str, Any]]] = [
 
 def facts(run: Run) -> dict[str, Any]:
     """What a run learned from and on what, by name."""
-    data, started, step = run.last("data"), run.last("started"), run.last("step")
+    data, started, step = run.history.data, run.history.started, run.history.step
     found: dict[str, Any] = {
         "model": run.config.get("model"),
         "data": ", ".join(run.config.get("data") or ["rows given in Python"]),
@@ -230,20 +222,18 @@ def facts(run: Run) -> dict[str, Any]:
     if started:
         share = 100 * started["trainable_parameters"] / max(started["total_parameters"], 1)
         found["parameters"] = f"{started['trainable_parameters']:,} of {started['total_parameters']:,} ({share:.2f} %)"
-        if text := foretold(begun(run)):
+        if text := foretold(begun(started)):
             found["foretold"] = text
     if step:
-        peak = human_bytes(max(event["peak_memory"] for event in run.of("step")))
-        found["measured"] = f"peak {peak}, {clock(step['elapsed'])} for {step['step']:,} steps"
+        found["measured"] = f"peak {human_bytes(run.history.peak)}, {clock(step['elapsed'])} for {step['step']:,} steps"
     for name in ("model", "tokenizer", "data", "validation data"):
         if run.identity.get(name):
             found[f"fingerprint of the {name}"] = str(run.identity[name])[:16]
     return found
 
 
-def begun(run: Run) -> Started:
+def begun(first: dict[str, Any]) -> Started:
     """The event with which the run, or its first part, began."""
-    first = run.of("started")[0]
     return Started(**{field.name: first[field.name] for field in fields(Started) if field.name in first})
 
 

@@ -14,8 +14,9 @@ import numpy as np
 from mlxlora.commands import command
 from mlxlora.data import DataSplits
 from mlxlora.files import plain
-from mlxlora.reporting.jsonl import append, read
-from mlxlora.reporting.report import report
+from mlxlora.reporting.history import History
+from mlxlora.reporting.jsonl import append
+from mlxlora.reporting.report import report_of
 from mlxlora.reporting.said import Said, said, shortened
 from mlxlora.reporting.trackers import Tracker
 from mlxlora.training.events import Checkpoint, Data, Event, Finished, Notice, Reason, Validation
@@ -90,6 +91,7 @@ class Watch:
     ) -> None:
         self.run, self.on_event, self.begin = run, on_event, begin
         self.trackers: Sequence[Tracker] | None = None
+        self.history = History()
         self.notices: list[str] = []
         self.told = 0
         self.finished: Finished | None = None
@@ -109,6 +111,7 @@ class Watch:
     def __call__(self, event: Event) -> None:
         if self.trackers is None:
             self.trackers = self.begin()
+            self.history = History.of(self.run.metrics_path)  # of the parts of the run before this one
         step = event.step
         if isinstance(event, Data):  # what is foretold comes first, then what is to be said of it
             self.pass_on(event)
@@ -121,11 +124,11 @@ class Watch:
     def pass_on(self, event: Event) -> None:
         """Hand one event to everybody who listens."""
         if not isinstance(event, Checkpoint):
-            append(self.run.metrics_path, event)
+            self.history.add(append(self.run.metrics_path, event))
         if isinstance(event, Finished):
             self.finished = event
         if isinstance(event, Validation | Finished):
-            report([self.run.path])
+            report_of(self.run.path, self.history)
         for tracker in self.trackers or ():
             tracker(event)
         if self.on_event:
@@ -142,28 +145,19 @@ class Watch:
             step=finished.step,
             epoch=finished.epoch,
             loss=finished.loss,
-            baseline_loss=baseline(run.metrics_path),
+            baseline_loss=self.history.baseline,
             best_loss=finished.best_loss,
             best_step=finished.best_step,
             seconds=finished.elapsed,
             peak_memory=finished.peak_memory,
             model=model,
-            said=said(read(run.metrics_path)),
+            said=said(self.history.looks),
             notices=self.notices,
             rows_given=rows_given,
         )
         if finished.reason != "stopped":
             run.finish(plain(result))
         return result
-
-
-def baseline(metrics: Path) -> float | None:
-    """The validation loss before the first step."""
-    for event in read(metrics):
-        if event["event"] == "validation" and event["step"] == 0:
-            loss = event["loss"]
-            return None if loss is None else float(loss)
-    return None
 
 
 def describe(splits: DataSplits) -> Data:
