@@ -289,8 +289,19 @@ def _chunks(records: Iterable[tuple[Record, int]]) -> Iterator[list[tuple[Record
 
 
 def _size(record: Record) -> int:
-    if isinstance(record, Conversation):
-        return sum(len(message.content) for message in record.messages)
-    if isinstance(record, Document):
-        return len(record.text)
-    return 1000
+    """Characters, about."""
+    match record:
+        case Conversation(messages):
+            return sum(len(message.content) + len(message.thinking or "") for message in messages)
+        case Document(text):
+            return len(text)
+        case Completion(prompt, completion):
+            return len(prompt) + len(completion)
+        case Preference(chosen, rejected):
+            return _size(chosen) + _size(rejected)
+        case Judged(inner):
+            return _size(inner)
+        case Question(prompt, answer):
+            return (len(prompt) if isinstance(prompt, str) else _size(prompt)) + len(answer)
+        case History(parts):
+            return sum(len(part.text) if isinstance(part, TextRun) else _size(part) for part in parts)

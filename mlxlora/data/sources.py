@@ -7,17 +7,15 @@ the problems and goes on with the next row where that is possible.
 from __future__ import annotations
 
 import csv
-import io
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 from mlxlora.data.json_rows import BAD, LONGEST_LINE, ROW_ADVICE, Row, decoded, parse_json, read_json
+from mlxlora.data.parquet_rows import read_parquet
 from mlxlora.data.problems import Problems, kind_of, reason_of
-from mlxlora.errors import DataError
 from mlxlora.files import human_bytes
 
-PARQUET_ROWS = 4  # decoded at a time
 LARGEST_TEXT = 256 * 1024 * 1024  # bytes of one plain-text file: it is one document
 
 
@@ -159,42 +157,6 @@ def read_text(file: BinaryIO, name: str, problems: Problems) -> Iterator[Row]:
     text = text.replace("\r\n", "\n")
     if text.strip():
         yield Row({"text": text}, 1)
-
-
-def read_parquet(file: BinaryIO, name: str, problems: Problems) -> Iterator[Row]:
-    """Parquet, a few rows at a time: a file of a kilobyte may hold one text of megabytes for each of a million rows."""
-    try:
-        import pyarrow as arrow
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise DataError(
-            f"{name}: reading Parquet needs pyarrow. Install it with `pip install 'mlxlora[parquet]'`."
-        ) from None
-    try:
-        source = file if file.seekable() else io.BytesIO(file.read())
-        number = 0
-        for batch in parquet.ParquetFile(source).iter_batches(batch_size=PARQUET_ROWS):
-            for part in [batch] if batch.nbytes <= LONGEST_LINE else _one_by_one(batch, arrow):
-                if part.nbytes > LONGEST_LINE:
-                    number += 1
-                    what = f"the row is {human_bytes(part.nbytes)} long; {human_bytes(LONGEST_LINE)} are allowed"
-                    problems.add(name, number, what, "Split it.")
-                    continue
-                for value in part.to_pylist():
-                    number += 1
-                    yield Row({key: item for key, item in value.items() if item is not None}, number)
-            if problems.enough:
-                return
-    except (arrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
-        problems.add(name, 0, f"not a whole Parquet file: {reason_of(error).splitlines()[0]}", "Write it again.")
-
-
-def _one_by_one(batch: Any, arrow: Any) -> Iterator[Any]:
-    """The rows of a batch as batches of their own, each with its own text alone."""
-    for index in range(batch.num_rows):
-        columns = [column.slice(index, 1) for column in batch.columns]
-        columns = [c.dictionary_decode() if arrow.types.is_dictionary(c.type) else c for c in columns]
-        yield arrow.RecordBatch.from_arrays(columns, names=batch.schema.names)
 
 
 READERS: dict[str, Reader] = {

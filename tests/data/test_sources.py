@@ -258,7 +258,7 @@ def test_tool_calls_in_every_shape() -> None:
 def test_parquet_of_a_kilobyte_that_holds_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One text, told once, in every row: a few are decoded at a time, and a row may be as long as a line of JSON."""
     arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr("mlxlora.data.sources.LONGEST_LINE", 100_000)
+    monkeypatch.setattr("mlxlora.data.parquet_rows.LONGEST_LINE", 100_000)
     texts = arrow.array(["short", "long " * 30_000, "middle " * 10_000])
     column = arrow.DictionaryArray.from_arrays(arrow.array([0, 1, 2, 2, 2, 0, *[1] * 15]), texts)
     writer.write_table(arrow.table({"text": column}), tmp_path / "a.parquet", compression="zstd")
@@ -268,3 +268,78 @@ def test_parquet_of_a_kilobyte_that_holds_gigabytes(tmp_path: Path, monkeypatch:
         rows = list(READERS[".parquet"](file, "a.parquet", problems))
     assert [row.line for row in rows] == [1, 3, 4, 5, 6] and problems.count == 16
     assert "the row is 150.0 kB long; 100.0 kB are allowed" in str(problems.items[0])
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["dictionary in the schema", "plain schema"])
+def test_parquet_row_that_refers_to_one_text_a_million_times(tmp_path: Path, told: bool) -> None:
+    """It is measured before it is made: 500 GB would not fit anywhere."""
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    times = 1_000_000
+    references = arrow.DictionaryArray.from_arrays(
+        arrow.array([0] * times + [1, 1], arrow.int32()), arrow.array(["x" * 500_000, "short"])
+    )
+    turns = arrow.StructArray.from_arrays([references, references], ["role", "content"])
+    rows = arrow.ListArray.from_arrays(arrow.array([0, times, times + 2], arrow.int32()), turns)
+    path = tmp_path / "a.parquet"
+    writer.write_table(arrow.table({"messages": rows}), path, compression="zstd", store_schema=told)
+    assert path.stat().st_size < 5000
+    problems = Problems()
+    with path.open("rb") as file:
+        found = list(READERS[".parquet"](file, "a.parquet", problems))
+    assert [(row.line, len(row.value["messages"])) for row in found] == [(2, 2)]
+    assert found[0].value["messages"][0] == {"role": "short", "content": "short"}
+    assert "a.parquet:1" in str(problems.items[0]) and "the row is 1.0 TB long" in str(problems.items[0])
+
+
+def test_parquet_of_every_kind_of_column(tmp_path: Path) -> None:
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    values = [
+        {
+            "text": "a",
+            "n": 1,
+            "x": 0.5,
+            "map": [("k", "v")],
+            "fixed": [1, 2],
+            "deep": [[{"a": ["b", None]}]],
+            "no": None,
+        },
+        {"text": "a", "n": 2, "x": None, "map": [], "fixed": [3, 4], "deep": [], "no": None},
+    ]
+    kinds = {
+        "text": arrow.dictionary(arrow.int8(), arrow.string()), "n": arrow.dictionary(arrow.int8(), arrow.int64()),
+        "x": arrow.float32(), "map": arrow.map_(arrow.string(), arrow.string()), "fixed": arrow.list_(arrow.int8(), 2),
+        "deep": arrow.large_list(arrow.list_(arrow.struct([("a", arrow.list_(arrow.string()))]))), "no": arrow.string(),
+    }  # fmt: skip
+    table = arrow.Table.from_pylist(values, schema=arrow.schema(list(kinds.items())))
+    writer.write_table(table, tmp_path / "a.parquet")
+    problems = Problems()
+    with (tmp_path / "a.parquet").open("rb") as file:
+        rows = list(READERS[".parquet"](file, "a.parquet", problems))
+    assert not problems.items
+    assert [row.value for row in rows] == [{k: v for k, v in row.items() if v is not None} for row in values]
+
+
+def test_parquet_whose_pages_blow_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr("mlxlora.data.parquet_rows.LARGE", 1 << 20)
+    table = arrow.table({"text": ["x" * 4_000_000]})
+    writer.write_table(table, tmp_path / "a.parquet", compression="zstd", use_dictionary=False)
+    problems = Problems()
+    with (tmp_path / "a.parquet").open("rb") as file:
+        assert list(READERS[".parquet"](file, "a.parquet", problems)) == []
+    assert "4.0 MB of the column text are packed into" in str(problems.items[0])
+
+
+def test_records_are_encoded_in_chunks_of_bounded_size() -> None:
+    """Whatever their kind: a thousand rows of megabytes do not wait for each other."""
+    from mlxlora.data.reader import CHUNK_CHARACTERS, _chunks
+    from mlxlora.data.records import Completion, Document, History, Judged, Message, Question, TextRun
+
+    text = "x" * (CHUNK_CHARACTERS // 4)
+    talk = Conversation([Message("user", text), Message("assistant", "a", thinking=text)])
+    half = Completion(text, text)
+    for record in (
+        Document(text * 2), half, talk, Judged(half, True), Preference(Completion(text, "a"), Completion(text, "b")),
+        Question(text, text), Question(talk, "1"), History([TextRun(text), TextRun(text)]),
+    ):  # fmt: skip
+        assert [len(chunk) for chunk in _chunks((record, n) for n in range(7))] in ([3, 3, 1], [2, 2, 2, 1]), record
