@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from mlxlora import hub
 from mlxlora.errors import ModelError, UnsupportedError
-from mlxlora.tokenizer_file import check_own_code, check_tokenizer_file
+from mlxlora.tokenizer_file import check_own_code, check_speed, check_tokenizer_file, panics
 
 IntArray = npt.NDArray[np.int32]
 ALIAS_OPEN, ALIAS_CLOSE = "\U0010fffd", "\U0010fffc"  # private-use characters that spell a control token unmistakably
@@ -92,7 +92,9 @@ class Tokenizer:
                 f"{path}: the tokenizer cannot be loaded: {reason.rstrip('.: ')}. "
                 "A model directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json."
             ) from None
-        return cls(hf, path=path)
+        loaded = cls(hf, path=path)
+        check_speed(loaded._backend, path)
+        return loaded
 
     # -- vocabulary ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +174,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode many texts in parallel: control tokens are recognised, nothing is added. Offsets are characters."""
-        return [_encoding(item) for item in self._exact.encode_batch(list(texts), add_special_tokens=False)]
+        return [_encoding(item) for item in self._batch(self._exact, texts)]
 
     def encode_ids(self, texts: Sequence[str], *, control: bool = False) -> list[IntArray]:
         """Ids alone, faster than `encode_batch`. `control=False` takes spelled control tokens as plain text."""
@@ -182,19 +184,17 @@ class Tokenizer:
             if marked:
                 plain = {index: self.encode_aliased([texts[index]])[0].ids for index in marked}
                 rest = [text for index, text in enumerate(texts) if index not in plain]
-                encoded = iter(backend.encode_batch_fast(rest, add_special_tokens=False))
+                encoded = iter(self._batch(backend, rest, places=False))
                 return [
                     plain[index] if index in plain else np.array(next(encoded).ids, np.int32)
                     for index in range(len(texts))
                 ]
-        return [
-            np.array(item.ids, np.int32) for item in backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        return [np.array(item.ids, np.int32) for item in self._batch(backend, texts, places=False)]
 
     def encode_aliased(self, texts: Sequence[str]) -> list[Encoding]:
         """Encode texts in which control tokens are spelled by `alias`; their ordinary spelling is plain text here."""
         backend, ids = self._aliased
-        encodings = [_encoding(item) for item in backend.encode_batch(list(texts), add_special_tokens=False)]
+        encodings = [_encoding(item) for item in self._batch(backend, texts)]
         if not ids:
             return encodings
         return [
@@ -202,13 +202,19 @@ class Tokenizer:
             for item in encodings
         ]
 
+    def _batch(self, backend: Any, texts: Sequence[str], *, places: bool = True) -> list[Any]:
+        encode = backend.encode_batch if places else backend.encode_batch_fast
+        with panics(self.path):
+            return list(encode(list(texts), add_special_tokens=False))
+
     def alias(self, control_token: str) -> str:
         """The spelling of a control token that `encode_aliased` recognises; no text can know it beforehand."""
         return f"{ALIAS_OPEN}{self._secret}{self.control_tokens[control_token]}{ALIAS_CLOSE}"
 
     def decode(self, ids: Sequence[int] | IntArray, *, skip_special: bool = False) -> str:
         """Text of `ids`."""
-        return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special))
+        with panics(self.path):
+            return str(self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special))
 
     def token(self, number: int) -> str:
         """The vocabulary's own spelling of one id (`Ġhello`, `▁hello`, `<|im_end|>`)."""
