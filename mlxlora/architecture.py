@@ -9,7 +9,7 @@ whatever the configuration says.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,15 @@ _REAL = (
 _LONGEST = 10_000  # entries of a list: one for each block, at most
 
 
+def check_numbers(directory: Path) -> None:
+    """Raise ModelError for numbers in config.json beyond measure: libraries make a list of so many blocks."""
+    path = Path(directory) / "config.json"
+    config = files.read_json(path) if path.is_file() else {}
+    problems = _numbers_beyond_measure(config) if isinstance(config, dict) else []
+    if problems:
+        raise ModelError.of(f"{path} cannot be used:", problems)
+
+
 def _numbers_beyond_measure(config: Config) -> list[Problem]:
     parts = [("", config)]
     if isinstance(config.get("text_config"), dict):
@@ -87,11 +96,19 @@ def _numbers_beyond_measure(config: Config) -> list[Problem]:
     ]
     return strange + [
         Problem(f"{where}{name}", f"must be a whole number from 0 to {largest:,}, not {str(part[name])[:40]}")
-        for where, part in parts
+        for where, part in _nested("", config)
         for names, largest in _LARGEST.items()
         for name in names
         if isinstance(part.get(name), int | float) and not (type(part[name]) is int and 0 <= part[name] <= largest)
     ]
+
+
+def _nested(where: str, part: Config) -> Iterator[tuple[str, Config]]:
+    """An object and those in it, each with the dotted name that stands before its settings."""
+    yield where, part
+    for name, value in part.items():
+        if isinstance(value, dict):
+            yield from _nested(f"{where}{name}.", value)
 
 
 def text_config(config: Config) -> Config:

@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxlora import hub
+from mlxlora.architecture import check_numbers
 from mlxlora.errors import ModelError, UnsupportedError
 from mlxlora.tokenizer_file import check_own_code, check_speed, check_tokenizer_file, panics
 
@@ -78,6 +79,7 @@ class Tokenizer:
         path = hub.find(path, revision=revision)
         if (path / "tokenizer.json").is_file():
             check_tokenizer_file(path / "tokenizer.json")
+        check_numbers(path)
         if trust_remote_code:
             check_own_code(path)
         try:

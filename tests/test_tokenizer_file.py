@@ -89,3 +89,12 @@ def test_a_pattern_that_gives_up_on_one_text_alone(tmp_path: Path) -> None:
     for encode in (tokenizer.encode_batch, tokenizer.encode_ids, tokenizer.encode_aliased):
         with pytest.raises(ModelError, match="cannot take the text"):
             encode(["Q" * 40 + "!"])
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 10**9}, {"vision_config": {"num_hidden_layers": 10**9}}])
+def test_a_config_beyond_measure_is_refused_before_the_tokenizer_is_loaded(tmp_path: Path, config: Any) -> None:
+    """transformers reads it for the tokenizer's sake, and makes a list of a thousand million names."""
+    tiny.tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"} | config))
+    with pytest.raises(ModelError, match=r"num_hidden_layers: must be a whole number from 0 to 10,000"):
+        Tokenizer.load(tmp_path)
