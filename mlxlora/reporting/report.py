@@ -175,7 +175,7 @@ def of_steps(title: str, field: str, **options: Any) -> Callable[[Sequence[Run]]
 
 def memory(runs: Sequence[Run]) -> dict[str, Any]:
     """The chart of peak memory, in a unit that suits it."""
-    most = max((event["peak_memory"] for run in runs for event in run.of("step")), default=0)
+    most = max((run.history.peak for run in runs), default=0)
     unit, size = ("GB", 1e9) if most >= 1e9 else ("MB", 1e6)
     return of_steps(f"Peak memory ({unit})", "peak_memory", zero=True, divide=size)(runs)
 
