@@ -73,7 +73,10 @@ def read_run(path: Path, history: History | None = None) -> Run:
         raise RunError(f"{path} does not exist. Name a run directory, which `mlxlora train --out` makes.")
     missing = [name for name in ("config.yaml", "run.json", "metrics.jsonl") if not (path / name).is_file()]
     if missing:
-        raise RunError(f"{path} is no run directory: it has no {' and no '.join(missing)}.")
+        raise RunError(
+            f"{path} is no run directory: it has no {' and no '.join(missing)}. Name the one that `mlxlora train --out`"
+            " made."
+        )
     config = read_yaml(path / "config.yaml")
     return Run(
         name=path.name,

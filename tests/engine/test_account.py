@@ -6,12 +6,14 @@ import gc
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data.sample import Batch
-from mlxlora.engine import Engine, EngineConfig
+from mlxlora.engine import Engine, EngineConfig, head
 from mlxlora.engine.account import Taken, peak
+from mlxlora.engine.device import on_cpu
 from mlxlora.objectives.sft import sft
 from tests import tiny
 
@@ -71,6 +73,21 @@ def test_what_all_blocks_share_is_counted_once() -> None:
     found = engine.account(sft, batch, mx.random.key(0))
     assert found is not None
     assert found.peak == pytest.approx(real(engine, batch), abs=100_000)  # the tables: 307,200
+    engine.close()
+
+
+@pytest.mark.skipif(not on_cpu(), reason="elsewhere a quantized head is not unpacked")
+def test_a_quantized_head_is_unpacked_before_there_are_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacking takes twice its result: together with the logits, the peak would hang on which thread is quicker."""
+    network = tiny.network("llama", hidden_size=64)
+    nn.quantize(network, group_size=32, bits=4)
+    inject(network, AdapterConfig(rank=4))
+    _, batch = prepared("llama", AdapterConfig(rank=4), "products")
+    engine = Engine(network, EngineConfig())
+    first: list[Any] = []
+    monkeypatch.setattr(head, "settle", lambda *arrays: first.extend(array.shape for array in arrays))
+    mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
+    assert first[:1] == [(tiny.VOCABULARY, 64)]
     engine.close()
 
 

@@ -81,7 +81,7 @@ def test_several_runs_are_overlaid_and_their_differences_listed(
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"no run directory.*config\.yaml"):
+    with pytest.raises(InputError, match=r"no run directory.*config\.yaml.*train --out"):
         report([tmp_path / "empty"])
     assert list((tmp_path / "empty").iterdir()) == []
 
