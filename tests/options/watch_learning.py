@@ -34,7 +34,7 @@ def train(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPa
         yield from report(trainer)
 
     patch.setattr(Trainer, "report", counted)
-    patch.setattr("mlxlora.reporting.watch.report", lambda *_: None)  # a page that takes longer than the run
+    patch.setattr("mlxlora.reporting.watch.report_of", lambda *_: None)  # a page that takes longer than the run
     result: FinetuneResult = function(**arguments, on_event=events.append, control=Control())
     steps = [event for event in events if isinstance(event, Step)]
     run = arguments["out"]
