@@ -107,4 +107,4 @@ def test_flags_are_those_of_the_parser() -> None:
 
 
 def test_another_shell_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["completion", "tcsh"]) == 2 and "shell" in capsys.readouterr().err
+    assert main(["completion", "tcsh"]) == 2 and "SHELL is tcsh" in capsys.readouterr().err

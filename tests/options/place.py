@@ -145,10 +145,17 @@ class Place:
 
     @cached_property
     def stock(self) -> Path:
+        return self._stock("stock", self.style)
+
+    @cached_property
+    def other_stock(self) -> Path:
+        return self._stock("other-stock", self.facts)
+
+    def _stock(self, name: str, source: Path) -> Path:
         """An adapter in mlx-lm's own layout whose configuration leaves the scale out."""
-        path = self.folder / "stock"
+        path = self.folder / name
         path.mkdir()
-        write_adapter(path, read_adapter(self.style))
+        write_adapter(path, read_adapter(source))
         (path / "manifest.json").unlink(missing_ok=True)
         config = json.loads((path / "adapter_config.json").read_text())
         parameters = {name: value for name, value in config["lora_parameters"].items() if name != "scale"}

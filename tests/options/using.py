@@ -118,7 +118,7 @@ ROWS: list[Row] = [
         to="lmstudio",
     ),
     row("export", "lmstudio.type", "f16", "files+weights", to="lmstudio", lmstudio__form="gguf"),
-    row("import", "source", "@facts", "weights"),
+    row("import", "source", "@other_stock", "weights"),
     row("import", "out", "@folder", "refused"),
     row("import", "model", "@model", "refused", model=None),
     row("import", "format", "peft", "refused"),
