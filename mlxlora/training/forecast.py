@@ -24,12 +24,14 @@ from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine
 from mlxlora.engine.account import Account
 from mlxlora.engine.config import CheckpointBlocks
+from mlxlora.memory import collect_garbage
 from mlxlora.parameters import bytes_of, flat
 from mlxlora.training.measured import one_graph, update_needs
 from mlxlora.training.optimizer import Optimizer
 from mlxlora.training.shapes import Shape, computed_of, ladder, synthetic, tokens_computed
 
 SHORTEST = 16  # tokens of a row
+GROWS = 4096  # tokens of a row whose memory surely grows with their number
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Forecaster:
 
     def __init__(self, engine: Engine, optimizer: Optimizer, objective: Any, vocabulary: int, limit: int) -> None:
         self.engine, self.objective, self.vocabulary, self.limit = engine, objective, vocabulary, limit
+        collect_garbage()  # or it would count as what stays, and go while something is measured
         learned = flat(engine.network.trainable_parameters())
         mx.eval(engine.network.parameters(), optimizer.state)
         self.adapter, self.moments = bytes_of(learned), bytes_of(optimizer.state)
@@ -151,6 +154,11 @@ class Forecaster:
         slope = (here - peak(smaller)) / max(length - smaller, 1) if length < shape.length or length > 8 else 0.0
         if length < shape.length:  # between the one that fits and its double, which does not
             slope = max(slope, (peak(2 * length) - here) / length)
+        while slope <= 0 and length < GROWS:  # so few tokens that something else makes the peak
+            longer = peak(2 * length)
+            if longer > limit:
+                return length
+            slope, here, length = (longer - here) / length, longer, 2 * length
         return length + int((limit - here) / slope) if slope > 0 else length
 
     def _account(self, batch: Batch, gradients: bool) -> Account:

@@ -14,10 +14,17 @@ from mlxlora.data.sample import Batch
 from mlxlora.engine import Engine, EngineConfig, head
 from mlxlora.engine.account import Taken, peak
 from mlxlora.engine.device import on_cpu
+from mlxlora.memory import collect_garbage
 from mlxlora.objectives.sft import sft
 from tests import tiny
 
 LAYERS = 6
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_earlier_tests() -> None:
+    """What went with them frees memory when Python looks for it, while something is measured here."""
+    collect_garbage()
 
 
 def prepared(family: str, adapter: AdapterConfig, grade: Any) -> tuple[Engine, Batch]:
@@ -117,8 +124,7 @@ def test_no_array_waits_for_the_garbage_collector(checkpoint: Any) -> None:
     """A cycle of references would let a block's insides live on by chance."""
     engine, batch = prepared("llama", AdapterConfig(rank=4, dropout=0.1), checkpoint)
     mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
-    while gc.collect():  # what went with earlier tests frees more: MLX's graphs hold on to networks
-        pass
+    collect_garbage()
     gc.disable()
     gc.set_debug(gc.DEBUG_SAVEALL)
     try:

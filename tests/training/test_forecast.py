@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -129,10 +131,36 @@ def test_the_longest_row_that_fits() -> None:
     told.engine.close()
 
 
+def test_a_short_row_whose_peak_is_something_else_does_not_end_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory of a few tokens may be that of the update, or smaller for more tokens by chance."""
+    told = forecaster("llama", AdapterConfig(rank=4))
+    peaks = {12: 1_000_100, 25: 1_000_000, 50: 1_000_000}
+    monkeypatch.setattr(
+        told, "forecast", lambda shape: SimpleNamespace(peak=peaks.get(shape.length, 10_000 * shape.length))
+    )
+    assert told.most_tokens(Shape(1, 25, 1.0), 10_000_000) == 1_000
+    assert told.most_tokens(Shape(1, 25, 1.0), 1_000_000) == 100
+    told.engine.close()
+
+
+def test_garbage_does_not_count_as_what_stays() -> None:
+    clean = forecaster("llama", AdapterConfig(rank=4))
+    clean.engine.close()
+    gc.disable()
+    try:
+        cycle: list[Any] = [mx.zeros((1000, 1000))]
+        mx.eval(cycle[0])
+        cycle.append(cycle)
+        del cycle
+        found = forecaster("llama", AdapterConfig(rank=4))
+    finally:
+        gc.enable()
+    found.engine.close()
+    assert abs(found.resident - clean.resident) < 2_000_000  # networks of both, not the 4 MB
+
+
 def test_an_optimizer_is_gone_when_nobody_holds_it() -> None:
     """Its moments must not wait for Python to look for cycles."""
-    import gc
-
     gc.collect()
     gc.disable()
     try:
