@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from mlxlora import hub
+from mlxlora import architecture, hub
 from mlxlora.adapters import AdapterConfig, inject, remove
 from mlxlora.commands import command
 from mlxlora.data import DataSplits, SamplesConfig
@@ -30,7 +30,7 @@ from mlxlora.training.shapes import Shape
 from mlxlora.training.steps import count_steps, count_validations
 
 CONTEXTS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
-LONG = 4096  # tokens of a row: in longer ones nothing is cut up otherwise, so memory goes on in a line
+LONG = 4096  # tokens of a row: in longer ones nothing is cut up otherwise, so memory goes on as it grew
 PATIENCE = 20.0  # seconds of a step beyond which longer rows are told from shorter ones
 
 
@@ -44,6 +44,7 @@ class Plan:
     tried:    the forecasts, in the order in which they were looked at
     samples:  how many there are to learn from
     table:    by context length: the peak under each way of checkpointing, one row of that length a batch
+    notes:    what has to be computed in a slower or larger way for this model, and why
     """
 
     model: str
@@ -64,6 +65,7 @@ class Plan:
     most_tokens: int
     """about how many tokens a row may have under the smallest way"""
     table: dict[int, dict[str, int]]
+    notes: list[str]
 
     def __str__(self) -> str:
         lines = [f"{self.model} on {self.machine}: at most {human_bytes(self.limit)}"]
@@ -88,6 +90,7 @@ class Plan:
                 f"{self.steps:,} steps over {self.tokens:,} tokens: about {clock(self.seconds)} "
                 f"at {self.tokens_per_second:,.0f} tokens a second"
             )
+        lines += [f"note: {note}" for note in self.notes]
         lines += self.contexts()
         if self.chosen is not None:
             lines += ["", f"next: {command('train', model=self.model, data=self.data, out='RUN')}"]
@@ -149,6 +152,7 @@ def plan(
         smallest = advice(forecaster, choice.forecast, training, limit) if not fits else ""
         table = contexts(forecaster, training, told.shape)
         most = forecaster.most_tokens(told.shape, limit)
+        notes = [*architecture.silently_wrong(loaded.config), *ready.engine.notes]
     timed = fits and for_ is None
     return Plan(
         model=model,
@@ -167,6 +171,7 @@ def plan(
         tokens_per_second=expected.tokens_per_second if timed else None,
         most_tokens=most,
         table=table,
+        notes=notes,
     )
 
 
@@ -229,9 +234,7 @@ def contexts(forecaster: Forecaster, training: TrainingConfig, shape: Shape) -> 
         for length in CONTEXTS:
             longer = len(known) >= 2 and known[-1].seconds * length / known[-1].shape.length > PATIENCE
             if longer or (known and known[-1].shape.length >= LONG):
-                a, b = known[-2:]
-                slope = (b.peak - a.peak) / (b.shape.length - a.shape.length)
-                table[length][grade] = b.peak + round(slope * (length - b.shape.length))
+                table[length][grade] = forecaster.onward(known, length)
                 continue
             known.append(forecaster.forecast(replace(shape.row(length), documents=1)))
             table[length][grade] = known[-1].peak

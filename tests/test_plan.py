@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,20 @@ def test_the_verb(tmp_path: Path) -> None:
     assert there.machine == "M2 16GB" and there.seconds is None and there.limit < 12e9
     small = plan(*given, memory_limit="1.2MB", **options)
     assert small.seconds is None and "does not fit" in str(small)
+
+
+def test_what_a_model_falls_back_to_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The notes that `train` gives; and rows beyond those that are tried, of a model that keeps tokens × tokens."""
+    module = sys.modules["mlxlora.plan"]  # the verb has its name
+    monkeypatch.setattr(module, "CONTEXTS", (128, 256, 512, 1024, 2048))
+    monkeypatch.setattr(module, "LONG", 256)
+    tiny.model_directory(tmp_path / "model", "deepseek_v3")
+    rows = tiny.chats(tmp_path / "rows.jsonl", 12)
+    found = plan(str(tmp_path / "model"), [str(rows)], training=TrainingConfig(checkpoint_blocks="products"))
+    assert "note: attention keeps tokens × tokens for each head" in str(found)
+    less = found.tried[-1].resident
+    grown = [found.table[length]["products"] - less for length in (512, 1024, 2048)]
+    assert grown[1] > 2.5 * grown[0] and grown[2] > 3.5 * grown[1]
 
 
 def test_what_train_refuses_is_refused_before_anything_is_read(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from mlxlora.engine.chain import Chain
 from mlxlora.engine.config import CheckpointBlocks, EngineConfig
 from mlxlora.engine.ends import NotAChain
 from mlxlora.engine.general import General
-from mlxlora.engine.masks import Layout, Steering, counting, layout_of
+from mlxlora.engine.masks import Layout, Steering, counting, layout_of, unseeing
 from mlxlora.engine.packing import end_to_end, packing_refusal
 from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
@@ -36,6 +36,7 @@ class Engine:
 
     Attributes:
         notes: what had to be computed in a slower or larger way for this model, and why
+        keeps_squares: whether some layer keeps tokens × tokens, so that memory grows with the square of a row's length
     """
 
     def __init__(self, network: nn.Module, config: EngineConfig | None = None) -> None:
@@ -44,6 +45,7 @@ class Engine:
         self.notes: list[str] = []
         self._anatomy = dissect(network, self.notes)
         self._steering = Steering(network)
+        self.keeps_squares = False
         self._linear = self._attention_is_linear()
         self._refusal: str | None = None
         self._asked_to_pack = False
@@ -168,24 +170,38 @@ class Engine:
         return self._refusal
 
     def _attention_is_linear(self) -> bool:
-        """Whether attention in linear memory gives the model's own hidden states; the reason goes to the notes if
-        not."""
+        """Whether attention in linear memory gives the model's own hidden states; what it does not reach goes to the
+        notes."""
         if self.config.attention == "plain":
+            self.keeps_squares = True
             return False
-        reason = _why_not_linear(self._anatomy, self._steering, self.notes)
-        if reason is None:
+        tokens = mx.arange(2 * 40).reshape(2, 40) % self._anatomy.vocabulary
+        if _sees_without_attention(self._anatomy, self._steering):
+            self.notes.append(
+                "tokens see each other by more than attention of the usual kind (a state, a convolution): that is "
+                "computed and kept as mlx-lm has it"
+            )
+        with counting() as census, self._steering.with_layout(Layout(linear=False)):
+            expected = self._anatomy.network(tokens)
+        reason = _why_not_linear(self._anatomy, self._steering, tokens, expected)
+        if isinstance(reason, int):
+            if reason < census.all:
+                left = f"{census.all - reason} of {census.all} layers"
+                self.notes.append(f"attention keeps tokens × tokens in {left}")
+            self.keeps_squares = reason < census.all
             return True
         if self.config.attention == "linear":
             raise UnsupportedError(f"Attention in linear memory was asked for, but {reason}. Set attention to auto.")
-        self.notes.append(f"attention keeps tokens × tokens for each head: {reason}")
+        self.keeps_squares = census.all > 0
+        if self.keeps_squares:
+            self.notes.append(f"attention keeps tokens × tokens for each head: {reason}")
         return False
 
 
-def _why_not_linear(anatomy: Anatomy, steering: Steering, notes: list[str]) -> str | None:
+def _why_not_linear(anatomy: Anatomy, steering: Steering, tokens: mx.array, expected: mx.array) -> str | int:
+    """How many calls of attention for `tokens` are in linear memory, if that gives what is `expected`; else why not."""
     if not steering.asks:
         return "the model makes its masks itself, or has no attention of the usual kind"
-    tokens = mx.arange(2 * 40).reshape(2, 40) % anatomy.vocabulary
-    expected = anatomy.network(tokens)
     try:
         with counting() as census, steering.with_layout(Layout(linear=True, chunk=16)):
             found = anatomy.network(tokens)
@@ -194,8 +210,17 @@ def _why_not_linear(anatomy: Anatomy, steering: Steering, notes: list[str]) -> s
         return f"the model looks into its masks ({failure})"
     if not error <= tolerance(found.dtype):
         return f"its result differs from the model's by {error:.1e}"
-    if census.linear == 0:
-        return "the model's attention is of another kind"
-    if census.linear < census.all:
-        notes.append(f"attention keeps tokens × tokens in {census.all - census.linear} of {census.all} layers")
-    return None
+    return census.linear or "the model's attention is of another kind"
+
+
+def _sees_without_attention(anatomy: Anatomy, steering: Steering) -> bool:
+    """Whether a token's logits depend on the token before it where attention of the usual kind gives nothing."""
+    tokens = mx.array([[1, 2, 3, 4], [0, 2, 3, 4]]) % anatomy.vocabulary
+    for linear in (True, False):  # a model that looks into its masks takes arrays alone
+        try:
+            with unseeing(), steering.with_layout(Layout(linear)):
+                found = anatomy.network(tokens)[:, 1:]
+        except (ValueError, TypeError, AttributeError, IndexError):
+            continue
+        return relative_error(found[:1], found[1:]) > tolerance(found.dtype)
+    return False

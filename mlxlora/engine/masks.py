@@ -72,6 +72,7 @@ class Census:
     linear: int = 0
 
 
+_unseeing: ContextVar[bool] = ContextVar("unseeing", default=False)
 _census: ContextVar[Census | None] = ContextVar("census", default=None)
 _layout: ContextVar[Layout | None] = ContextVar("layout", default=None)
 
@@ -103,6 +104,8 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """Ours in place of mlx-lm's function of this name, for a network in hand (see `steering`)."""
+    if _unseeing.get():
+        return _nothing(queries, values)
     if not isinstance(mask, CausalMask):
         _count(linear=False)
         function = mlxlm.module("models.base").scaled_dot_product_attention
@@ -121,6 +124,8 @@ def _attend(
     sinks: mx.array | None = None,
     softcap: float | None = None,
 ) -> mx.array:
+    if _unseeing.get():
+        return _nothing(queries, values)
     _count(linear=True)
     layout = _layout.get()
     if layout is None or queries.shape[2] != keys.shape[2]:
@@ -327,6 +332,21 @@ def counting() -> Iterator[Census]:
         yield census
     finally:
         _census.reset(token)
+
+
+@contextmanager
+def unseeing() -> Iterator[None]:
+    """Let attention of the usual kind give zeros while the block runs: what tokens know of each other then comes by
+    another way."""
+    token = _unseeing.set(True)
+    try:
+        yield
+    finally:
+        _unseeing.reset(token)
+
+
+def _nothing(queries: mx.array, values: mx.array) -> mx.array:
+    return mx.zeros((*queries.shape[:-1], values.shape[-1]), queries.dtype)
 
 
 def _functions(cls: type) -> list[Any]:

@@ -12,6 +12,7 @@ or, where it cannot run without all of its blocks, a step of the whole (measured
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -128,16 +129,31 @@ class Forecaster:
         room, config = self.limit - self.resident, self.engine.config
         size = partial(tokens_computed, unpadded=self.engine.leaves_out_padding)
         found: Account | None = None
-        tokens = 0
+        before = shape
+
+        def growth(now: Shape) -> float:
+            return float(size(now) / size(before) * (now.length / before.length) ** (self.power - 1))
+
         for now in ladder(shape):
-            if found is not None and found.few * size(now) > room * tokens:
-                return scaled(found, size(shape) / tokens)
+            if found is not None and found.few * growth(now) > room:
+                return scaled(found, growth(shape), size(shape) / size(before))
             key = (now, config.checkpoint_blocks, config.loss_chunk, gradients)
             if key not in self._known:
                 self._known[key] = self._account(synthetic(now, self.vocabulary), gradients)
-            found, tokens = self._known[key], size(now)
+            found, before = self._known[key], now
         assert found is not None
         return found
+
+    @property
+    def power(self) -> int:
+        """Of the length of a row, with which memory grows in long ones."""
+        return 2 if self.engine.keeps_squares else 1
+
+    def onward(self, known: Sequence[Forecast], length: int) -> int:
+        """The peak with a row of that length, from those with shorter ones: the last two tell how it grows."""
+        a, b = known[-2:]
+        short, long = a.shape.length**self.power, b.shape.length**self.power
+        return b.peak + round((b.peak - a.peak) / (long - short) * (length**self.power - long))
 
     def most_tokens(self, shape: Shape, limit: int) -> int:
         """About how many tokens one row may have within `limit`, as the engine is set; 0 where nothing fits."""
@@ -145,21 +161,27 @@ class Forecaster:
         def peak(length: int) -> int:
             return self.forecast(shape.row(length)).peak
 
+        def further(length: int) -> int:
+            return length**self.power
+
         length = shape.length
         while (here := peak(length)) > limit:
             if length <= SHORTEST:
                 return 0
             length //= 2
         smaller = max(length // 2, 8)
-        slope = (here - peak(smaller)) / max(length - smaller, 1) if length < shape.length or length > 8 else 0.0
+        slope = 0.0
+        if smaller < length:
+            slope = (here - peak(smaller)) / (further(length) - further(smaller))
         if length < shape.length:  # between the one that fits and its double, which does not
-            slope = max(slope, (peak(2 * length) - here) / length)
+            slope = max(slope, (peak(2 * length) - here) / (further(2 * length) - further(length)))
         while slope <= 0 and length < GROWS:  # so few tokens that something else makes the peak
             longer = peak(2 * length)
             if longer > limit:
                 return length
-            slope, here, length = (longer - here) / length, longer, 2 * length
-        return length + int((limit - here) / slope) if slope > 0 else length
+            slope = (longer - here) / (further(2 * length) - further(length))
+            here, length = longer, 2 * length
+        return int((further(length) + (limit - here) / slope) ** (1 / self.power)) if slope > 0 else length
 
     def _account(self, batch: Batch, gradients: bool) -> Account:
         found = self.engine.account(self.objective, batch, mx.random.key(0), gradients=gradients)
@@ -192,6 +214,8 @@ def outlook(feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, v
     return Outlook(round(tokens * share), speed, seconds)
 
 
-def scaled(account: Account, by: float) -> Account:
-    """The account of a batch so many times as large."""
-    return Account(round(account.peak * by), round(account.few * by), round(account.by_loss * by), account.seconds * by)
+def scaled(account: Account, by: float, slower: float) -> Account:
+    """The account of a batch that takes so many times as much memory and time."""
+    return Account(
+        round(account.peak * by), round(account.few * by), round(account.by_loss * by), account.seconds * slower
+    )

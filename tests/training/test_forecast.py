@@ -131,6 +131,26 @@ def test_the_longest_row_that_fits() -> None:
     told.engine.close()
 
 
+def test_what_grows_with_the_square_of_a_row_is_foretold_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose attention is of another kind keeps tokens × tokens: twice the length is four times the memory."""
+    told = forecaster("deepseek_v3", AdapterConfig(rank=4))
+
+    def account(objective: Any, batch: Any, key: Any, *, gradients: bool) -> Account:
+        rows, length = batch.tokens.shape
+        return Account(rows * length**2 * 100, rows * length**2 * 50, 0, 0.1)
+
+    monkeypatch.setattr(told.engine, "account", account)
+    told.limit = told.resident + 50 * 3000**2
+    found = told.step(Shape(1, 8192, 1.0))  # 2,048 tokens are tried
+    assert found.peak == pytest.approx(100 * 8192**2, rel=0.01) and found.seconds == pytest.approx(0.4)
+    known = [told.forecast(Shape(1, length, 1.0)) for length in (1024, 2048)]
+    assert told.onward(known, 16_384) - told.resident == pytest.approx(100 * 16_384**2, rel=0.01)
+    for limit in (100 * 1500**2, 100 * 3000**2):
+        most = told.most_tokens(Shape(1, 2048, 1.0), told.resident + limit)
+        assert most == pytest.approx((limit / 100) ** 0.5, rel=0.01)
+    told.engine.close()
+
+
 def test_a_short_row_whose_peak_is_something_else_does_not_end_the_question(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory of a few tokens may be that of the update, or smaller for more tokens by chance."""
     told = forecaster("llama", AdapterConfig(rank=4))
