@@ -22,6 +22,7 @@ from mlxlora.engine.config import CheckpointBlocks
 from mlxlora.objectives import sft
 from mlxlora.parameters import flat, number
 
+EPOCHS, KEPT = 2.0, 4 * 10**9  # where only upper blocks learn, steps are those of the second epoch; bytes in memory
 BATCH, TOKENS = 4, 1536  # of an optimizer step where trainers run: samples for theirs, tokens for ours
 
 
@@ -62,8 +63,8 @@ class Ours:
 
     def __init__(self, scenario: Scenario, grade: CheckpointBlocks, dtype: mx.Dtype) -> None:
         self._scenario, self._network = scenario, network(scenario, dtype)
-        cache = 4.0 if scenario.last else 0.0
-        self._engine = Engine(self._network, EngineConfig(checkpoint_blocks=grade, frozen_cache=cache))
+        self._engine = Engine(self._network, EngineConfig(checkpoint_blocks=grade))
+        self._engine.keep_frozen(sum(scenario.lengths), EPOCHS, KEPT)
         self._batch = padded(samples(scenario))
 
     def answer(self) -> tuple[float, Arrays]:

@@ -33,7 +33,6 @@ class Scenario:
     experts:  experts of each block (2 are chosen); 0 for a dense model
     samples:  samples of a whole run, for the scenario that compares trainers; 0 for single steps
     against:  who else runs
-    epochs:   for `last`: whether the step measured is one of a later epoch
     """
 
     name: str

@@ -40,8 +40,9 @@ from mlxlora.training.loop import Trainer
 from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 from mlxlora.training.pace import Host, Pace
 from mlxlora.training.run import RunDirectory
-from mlxlora.training.steps import count_steps, count_validations
+from mlxlora.training.steps import count_steps, count_validations, steps_in
 
+FROZEN = 8 * 10**9  # bytes on disk that may hold what frozen lower blocks make of the samples
 NO_PROMPTS = "training.sample_every: there is no validation data to take prompts from, so no answers are shown"
 
 
@@ -170,14 +171,9 @@ def session(
     try:
         if settings["start_from"] is not None:
             load_adapter(network, settings["start_from"], base=model.fingerprint)
-        # what frozen lower blocks make of a text is kept (on disk) where it will be needed again
-        again = training.epochs is None or training.epochs > 1
-        config = EngineConfig(
-            wait=settings["gentle"], frozen_cache=8.0 if again else 0.0, frozen_cache_dir=str(run.path)
-        )
         ready = prepare(
-            network, config, settings["optimizer"], sft, training, partial(shapes, splits, samples),
-            vocabulary=model.vocabulary, limit=limit,
+            network, EngineConfig(wait=settings["gentle"]), settings["optimizer"], sft, training,
+            partial(shapes, splits, samples), vocabulary=model.vocabulary, limit=limit,
         )  # fmt: skip
         engine, optimizer, choice = ready.engine, ready.optimizer, ready.choice
         if choice.training is None:
@@ -189,6 +185,8 @@ def session(
             batches, held_out, choice.forecast, optimizer.steps,
             count_validations(batches, training, optimizer.steps),
         )  # fmt: skip
+        epochs = optimizer.steps / steps_in(batches, training, 0)
+        kept = engine.keep_frozen(int(splits.train.lengths.sum()), epochs, FROZEN, run.path)
         state = run.latest()
         run.require_space(starting_state(network, optimizer), keep=training.keep)
         run.chosen = choice.kept(settings["training"])
@@ -197,7 +195,7 @@ def session(
         watch.notices += [
             *([note] if note else []),
             *architecture.silently_wrong(model.config), *left_out(splits), *engine.notes, *run.notices,
-            *choice.notices(settings["training"], limit),
+            *choice.notices(settings["training"], limit), *([kept] if kept else []),
             *([NO_PROMPTS] if training.sample_every and splits.valid is None else []),
         ]  # fmt: skip
 

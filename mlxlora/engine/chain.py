@@ -9,8 +9,10 @@ and the insides of one block.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, tolerance
@@ -49,10 +51,8 @@ class Chain:
             self._frozen.close()
             self._frozen = None
 
-    def keep_frozen(self, limit: float, directory: str, linear: bool, attention_chunk: int) -> None:
+    def keep_frozen(self, limit: int, directory: Path | None, linear: bool, attention_chunk: int) -> None:
         """Keep what the blocks below the first that learns make of a text, up to `limit` bytes."""
-        if self.ends.learns or self.first == 0 or limit <= 0:
-            return
 
         def compute(tokens: mx.array) -> mx.array:
             layout = Layout(linear, chunk=attention_chunk)
@@ -100,7 +100,8 @@ class Chain:
         inputs: list[mx.array | None] = []
         kept: list[list[mx.array]] = []
         skipped = 0
-        if self._frozen is not None and gradients and bool(mx.any(batch.weights != 0).item()):
+        # the weights are as the data loader made them: nothing in flight is waited for
+        if self._frozen is not None and gradients and np.array(batch.weights).any():
             x, skipped = self._frozen.rows(batch), self.first
             inputs, kept = [None] * skipped, [[] for _ in range(skipped)]
         for index in self.running[skipped:]:
@@ -148,6 +149,11 @@ class Chain:
         for at, grad in zip(self.ends.slots.trainable, outer_grads, strict=True):
             grads[self.ends.slots.paths[at]] = grad
         return outcome, grads
+
+    @property
+    def frozen(self) -> int:
+        """How many blocks make of a text what they have always made of it."""
+        return 0 if self.ends.learns else self.first
 
     @property
     def lowest(self) -> int:

@@ -31,9 +31,6 @@ class EngineConfig:
             no less time
         wait: send the device one block at a time and wait for it, so that nothing else that wants the device (a
             desktop, say) stands behind a whole step; a model whose step is one graph has no such slices
-        frozen_cache: gigabytes of outputs of the frozen lower blocks that may be kept, so that later epochs do not
-            compute them again; 0 keeps none
-        frozen_cache_dir: where to keep them; empty for memory
     """
 
     checkpoint_blocks: CheckpointBlocks = "auto"
@@ -42,8 +39,6 @@ class EngineConfig:
     attention_chunk: int = 0
     compile: Compile = "auto"
     wait: bool = False
-    frozen_cache: float = 0.0
-    frozen_cache_dir: str = ""
 
     @property
     def compiles(self) -> bool:
@@ -65,5 +60,3 @@ class EngineConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name} is {value!r}; it is a number of tokens, or 0 to choose by shape")
-        if not self.frozen_cache >= 0:
-            raise ConfigError(f"frozen_cache is {self.frozen_cache!r}; it is a number of gigabytes, or 0 for none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,12 +17,14 @@ from mlxlora.engine.blocks import Grade
 from mlxlora.engine.chain import Chain
 from mlxlora.engine.config import CheckpointBlocks, EngineConfig
 from mlxlora.engine.ends import NotAChain
+from mlxlora.engine.frozen import pays
 from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of, unseeing
 from mlxlora.engine.packing import end_to_end, packing_refusal
 from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 from mlxlora.errors import UnsupportedError
+from mlxlora.files import human_bytes
 from mlxlora.parameters import flat
 
 
@@ -113,9 +116,25 @@ class Engine:
         chain.compiled = self.config.compiles
         if self.config.wait:
             chain.send = mx.eval
-        config = self.config
-        chain.keep_frozen(config.frozen_cache * 1e9, config.frozen_cache_dir, self._linear, config.attention_chunk)
         return chain
+
+    def keep_frozen(self, tokens: int, epochs: float, limit: int, directory: Path | None = None) -> str | None:
+        """Compute once for each text what the blocks below the first that learns make of it, where that pays.
+
+        tokens:    of all texts
+        epochs:    how often each will be seen
+        limit:     bytes that may be kept, in a file in `directory` or else in memory
+        Returns what a person should know of it; None where it does not pay, and everything stays as it was.
+        """
+        size = tokens * self._anatomy.width * self._anatomy.dtype.size
+        if self._chain is None or not self._chain.frozen or not pays(epochs, min(1.0, limit / max(size, 1))):
+            return None
+        self._chain.keep_frozen(limit, directory, self._linear, self.config.attention_chunk)
+        where = "in memory" if directory is None else "on disk"
+        return (
+            f"the lower {self._chain.frozen} of {len(self._chain.blocks)} blocks learn nothing: what they make of a "
+            f"sample is computed once and kept {where} ({human_bytes(min(size, limit))})"
+        )
 
     def account(
         self, objective: Objective, batch: Batch, key: mx.array | None = None, *, gradients: bool = True

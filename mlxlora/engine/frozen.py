@@ -9,6 +9,7 @@ are then the same to the bit in a run that starts with nothing kept, such as a r
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,34 +19,49 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxlora.data.sample import Batch
+from mlxlora.files import free_space
 
 LENGTHS = 64  # lengths are rounded up to multiples of this, so that few shapes are traced
+ALONE = 1.25  # how much longer it takes, at most or so, to compute texts one by one rather than in batches
+
+
+def pays(epochs: float, share: float) -> bool:
+    """Whether it takes less time over `epochs` to compute each text once, if only a `share` of them can be kept."""
+    return epochs - share * (epochs - 1) < epochs / ALONE
 
 
 class FrozenStates:
-    """Hidden states by text, in memory or in a file, up to a number of bytes."""
+    """Hidden states by text, in memory or in a file, up to a number of bytes (and half of what the disk has left)."""
 
-    def __init__(self, compute: Callable[[mx.array], mx.array], limit: float, directory: str = "") -> None:
+    def __init__(self, compute: Callable[[mx.array], mx.array], limit: int, directory: Path | None = None) -> None:
         """`compute` turns tokens [1, T] into hidden states [1, T, hidden]; `limit` is in bytes."""
         self._compute, self._limit = compute, limit
         self._memory: dict[bytes, mx.array] = {}
+        self._new: dict[bytes, tuple[mx.array, mx.array]] = {}  # on their way to the file: states, and their bytes
         self._places: dict[bytes, tuple[int, tuple[int, ...]]] = {}
         self._size = 0
         self._dtype = mx.float32
         self._file = None
-        if directory:
-            Path(directory).mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 - open for as long as the engine
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._limit = min(limit, free_space(directory) // 2)
+            self._file = tempfile.TemporaryFile(dir=directory, buffering=0)  # noqa: SIM115 - open as long as the engine
 
     def close(self) -> None:
         """Forget everything."""
         self._memory.clear()
+        self._new.clear()
         self._places.clear()
         if self._file is not None:
             self._file.close()
 
     def rows(self, batch: Batch) -> mx.array:
-        """The hidden states of a batch [B, T, hidden], zero where nothing that is trained on can see."""
+        """The hidden states of a batch [B, T, hidden], zero where nothing that is trained on can see.
+
+        What is new is sent to the device, and written when the next batch comes: it is there by then, so that nobody
+        waits for it.
+        """
+        self._write()
         tokens = np.array(batch.tokens)
         rows = []
         for number, row in enumerate(tokens):
@@ -71,30 +87,41 @@ class FrozenStates:
         padded = np.zeros((1, length), np.int32)
         padded[0, : len(text)] = text
         states = mx.contiguous(self._compute(mx.array(padded))[0, : len(text)])
-        mx.eval(states)
+        raw = states.flatten().view(mx.uint8)
+        mx.async_eval(states, raw)
         if self._size + states.nbytes <= self._limit:
-            self._write(key, states)
+            self._size += states.nbytes
+            if self._file is None:
+                self._memory[key] = states
+            else:
+                self._new[key] = states, raw
         return states
 
     def _read(self, key: bytes) -> mx.array | None:
-        if self._file is None:
+        if key in self._new:
+            return self._new[key][0]
+        if self._file is None or key not in self._places:
             return self._memory.get(key)
-        if key not in self._places:
-            return None
         offset, shape = self._places[key]
-        self._file.seek(offset)
-        raw = self._file.read(int(np.prod(shape)) * self._dtype.size)
+        raw = os.pread(self._file.fileno(), int(np.prod(shape)) * self._dtype.size, offset)
         return mx.array(np.frombuffer(raw, np.uint8)).view(self._dtype).reshape(shape)
 
-    def _write(self, key: bytes, states: mx.array) -> None:
-        self._size += states.nbytes
+    def _write(self) -> None:
+        """Put what is new into the file; where the disk is full, nothing more is kept."""
         if self._file is None:
-            self._memory[key] = states
             return
-        self._dtype = states.dtype
-        self._file.seek(0, 2)
-        self._places[key] = (self._file.tell(), states.shape)
-        self._file.write(np.array(states.flatten().view(mx.uint8)).tobytes())
+        for key, (states, raw) in self._new.items():
+            self._dtype = states.dtype
+            try:
+                offset = self._file.seek(0, os.SEEK_END)
+                written = self._file.write(np.array(raw).tobytes())
+            except OSError:
+                written = None
+            if written != states.nbytes:
+                self._limit = 0
+                break
+            self._places[key] = (offset, states.shape)
+        self._new.clear()
 
 
 def _texts(batch: Batch, number: int) -> Iterator[tuple[int, int]]:

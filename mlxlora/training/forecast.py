@@ -145,15 +145,15 @@ class Forecaster:
         return found
 
     @property
-    def power(self) -> int:
+    def power(self) -> float:
         """Of the length of a row, with which memory grows in long ones."""
-        return 2 if self.engine.keeps_squares else 1
+        return 2.0 if self.engine.keeps_squares else 1.0
 
     def onward(self, known: Sequence[Forecast], length: int) -> int:
         """The peak with a row of that length, from those with shorter ones: the last two tell how it grows."""
         a, b = known[-2:]
-        short, long = a.shape.length**self.power, b.shape.length**self.power
-        return b.peak + round((b.peak - a.peak) / (long - short) * (length**self.power - long))
+        short, long, here = (float(tokens**self.power) for tokens in (a.shape.length, b.shape.length, length))
+        return b.peak + round((b.peak - a.peak) / (long - short) * (here - long))
 
     def most_tokens(self, shape: Shape, limit: int) -> int:
         """About how many tokens one row may have within `limit`, as the engine is set; 0 where nothing fits."""
@@ -161,8 +161,8 @@ class Forecaster:
         def peak(length: int) -> int:
             return self.forecast(shape.row(length)).peak
 
-        def further(length: int) -> int:
-            return length**self.power
+        def further(length: int) -> float:
+            return float(length**self.power)
 
         length = shape.length
         while (here := peak(length)) > limit:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -65,7 +64,7 @@ def update_needs(config: OptimizerConfig, parameters: Flat) -> tuple[int, float]
 
 def one_graph(engine: Engine, objective: Any, batch: Batch, gradients: bool) -> Account:
     """The account of a step that has no parts: by a line through steps with a few of the blocks in place."""
-    network, config = engine.network, replace(engine.config, frozen_cache=0.0)
+    network, config = engine.network, engine.config
     blocks = _running(network)
     if blocks <= MORE:
         return _whole(network, config, objective, batch, gradients)

@@ -237,29 +237,6 @@ def test_latent_attention(settings: dict[str, Any]) -> None:
     assert all("attention is of another kind" in note for note in engine.notes), "block by block, as ever"
 
 
-@pytest.mark.parametrize("where", ["memory", "file"])
-def test_frozen_blocks_are_computed_once(where: str, tmp_path: Any) -> None:
-    """With an adapter on the last block only, the second epoch runs the last block only, packed or not."""
-    network = adapted("llama", layers=1)
-    made = reference.samples([23, 40, 9, 30], tiny.VOCABULARY)
-    value, _, grads = reference.step(network, reference.padded(made))
-    config = EngineConfig(frozen_cache=1.0, frozen_cache_dir=str(tmp_path) if where == "file" else "")
-    engine = Engine(network, config)
-    calls = []
-    first = engine._chain.functions.forward  # type: ignore[union-attr]
-    engine._chain.functions.forward = lambda block, *rest: calls.append(block) or first(block, *rest)  # type: ignore
-    results = []
-    for batch in (reference.padded(made), reference.padded(made), reference.batch([made[:2], made[2:]])):
-        calls.clear()
-        total, _, _, slopes = engine.value_and_grad(sft, batch)
-        assert total.item() == pytest.approx(value.item(), rel=1e-6)
-        assert reference.gradient_error(slopes, grads) < 1e-5
-        results.append((total.item(), len(calls)))
-    assert results[0][0] == results[1][0]
-    assert [count for _, count in results] == [5, 1, 1]
-    engine.close()
-
-
 @pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
 def test_live_adapters_are_each_block_s_own(family, tmp_path):
     """Arrays beside the parameters (adapters that live on a model) must not be shared by blocks of one structure."""

@@ -83,9 +83,7 @@ def test_packing_is_refused_with_the_reason() -> None:
         Engine(network).value_and_grad(sft, reference.batch([made]))
 
 
-@pytest.mark.parametrize(
-    "settings", [{"checkpoint_blocks": "product"}, {"loss_chunk": -1}, {"attention": "fast"}, {"frozen_cache": -1.0}]
-)
+@pytest.mark.parametrize("settings", [{"checkpoint_blocks": "product"}, {"loss_chunk": -1}, {"attention": "fast"}])
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=next(iter(settings))):
         EngineConfig(**settings)
