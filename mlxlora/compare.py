@@ -92,10 +92,13 @@ class Comparison:
         return "\n".join(lines)
 
     def next(self) -> str:
-        """The command that comes next: fuse what is better, as strong as it was best; look closer at what is not."""
+        """The command that comes next: fuse what is better, as strong as it was best; look closer at what is not: at
+        how the runs went, or, where an adapter is none, at what the model says with it."""
         given = [parse_spec(one) for one in self.adapter]
         if not self.verdict.startswith("better"):
-            return command("report", *(path for path, _ in given))
+            if all((path / "metrics.jsonl").is_file() for path, _ in given):
+                return command("report", *(path for path, _ in given))
+            return command("chat", model=self.model, adapter=self.adapter)
         scales = [(path, scale * self.factor) for path, scale in given]
         adapters = [str(path) if scale == 1 else f"{path}={scale:g}" for path, scale in scales]
         return command("fuse", model=self.model, adapter=adapters, out="DIR")

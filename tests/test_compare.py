@@ -61,6 +61,11 @@ def test_a_tuned_model_is_better_and_its_losses_are_those_of_eval(place: Path, t
 def test_an_adapter_without_effect_cannot_be_told_from_chance(place: Path) -> None:
     found = compare(str(place / "model"), [str(place / "zero")], place / "rows.jsonl")
     assert found.verdict == "cannot tell by loss" and found.differences["tuned"]["loss"].difference == 0.0
+    # a run has a report; an adapter that is none can be talked to
+    assert found.next() == f"mlxlora chat --model {place / 'model'} --adapter {place / 'zero'}"
+    run = replace(found, adapter=[f"{place / 'run'}=0.5"])
+    assert run.next() == f"mlxlora report {place / 'run'}"
+    assert replace(run, adapter=[*run.adapter, *found.adapter]).next().startswith("mlxlora chat")
 
 
 def test_the_best_of_several_scales_is_named(place: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -15,7 +15,7 @@ from mlxlora.data.config import SamplesConfig
 from mlxlora.data.formats import SHAREGPT_ROLES
 from mlxlora.data.messages import Fields, decoded_json
 from mlxlora.data.places import Place, find
-from mlxlora.data.problems import Problems, RowError
+from mlxlora.data.problems import Problems, RowError, flags_by_themselves
 from mlxlora.data.reader import FormatReader
 from mlxlora.data.records import ROLES, Completion, Conversation, Message, Question, Record
 from mlxlora.errors import InputError
@@ -96,7 +96,7 @@ def convert(
     policy = _RolePolicy(roles)
     problems = Problems()
     done, total, rows = 0, sum(place.size for found in places.values() for place in found), 0
-    with _Files(targets) as files:
+    with _Files(targets) as files, flags_by_themselves():
         for split, target in targets.items():
             for place in places[split]:
                 for record in _records(place, config, policy, problems):
@@ -105,8 +105,6 @@ def convert(
                 done += place.size
                 if on_progress:
                     on_progress("converting", done, total)
-        # the advice of a reader names the flags of training; here they stand in no group
-        problems.items = [replace(each, advice=each.advice.replace("--samples.", "--")) for each in problems.items]
         problems.raise_any("Some rows cannot be converted:")
         files.publish()
     return DataConversion(out, to, rows, tuple(targets.values()), policy.coerced, policy.dropped)

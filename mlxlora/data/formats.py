@@ -10,7 +10,7 @@ from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from mlxlora.data.messages import Fields, decoded_json, message_of, messages_of, tool_calls_of, tools_of, weight_of
-from mlxlora.data.problems import RowError, kind_of
+from mlxlora.data.problems import RowError, flag, kind_of
 from mlxlora.data.records import (
     Completion,
     Conversation,
@@ -215,9 +215,9 @@ def unknown_format(row: Fields, *, known: bool = True) -> RowError:
             if key not in row and not close:
                 close = f" '{key}' is missing." if get_close_matches(key, keys, n=1, cutoff=0.75) else ""
     asked, said = (next((key for key in keys if key.lower() in words), None) for words in (ASKED, SAID))
-    mapped = f"Try --samples.columns '{{prompt: {asked}, completion: {said}}}'. " if asked and said else ""
+    mapped = f"Try {flag('columns')} '{{prompt: {asked}, completion: {said}}}'. " if asked and said else ""
     looks = "Known: " + "; ".join(form.looks for form in FORMATS.values()) + ". " if known else ""
-    advice = f"{mapped}{looks}{'' if mapped else 'Map your keys with --samples.columns.'}"
+    advice = mapped + looks + ("" if mapped else f"Map your keys with {flag('columns')}.")
     return RowError(f"the keys {_keys(row)} are those of no known format.{close}", advice.strip())
 
 

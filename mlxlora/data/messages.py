@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from mlxlora.data.problems import RowError, kind_of
+from mlxlora.data.problems import RowError, flag, kind_of
 from mlxlora.data.records import ROLES, Message
 from mlxlora.errors import nearest
 
@@ -33,7 +33,7 @@ def message_of(item: Any, where: str) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"{where} must be an object, not {kind_of(item)}", _MESSAGE)
     if "role" not in item and "from" in item:
-        advice = f"These are turns of ShareGPT: --samples.columns '{{conversations: {where.partition('[')[0]}}}'."
+        advice = f"These are turns of ShareGPT: {flag('columns')} '{{conversations: {where.partition('[')[0]}}}'."
         raise RowError(f"{where} has no 'role'", advice)
     if "role" not in item:
         raise RowError(f"{where} has no 'role'.{nearest('role', list(item))}", _MESSAGE)

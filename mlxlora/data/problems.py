@@ -2,11 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from mlxlora.errors import SHOWN, DataError, Problem
 
 KEPT = 1000  # problems kept; beyond, they are only counted
+
+
+_group: ContextVar[str] = ContextVar("group", default="samples.")
+
+
+def flag(name: str) -> str:
+    """The flag of an option of SamplesConfig as the verb at work has it: `--samples.columns`, or `--columns`."""
+    return f"--{_group.get()}{name}"
+
+
+@contextmanager
+def flags_by_themselves() -> Iterator[None]:
+    """The verb at work has these options in no group."""
+    token = _group.set("")
+    try:
+        yield
+    finally:
+        _group.reset(token)
 
 
 class RowError(Exception):

@@ -13,7 +13,7 @@ from mlxlora.data.counts import Counts
 from mlxlora.data.json_rows import Row
 from mlxlora.data.known_templates import template_source
 from mlxlora.data.messages import Fields
-from mlxlora.data.problems import Problems, RowError
+from mlxlora.data.problems import Problems, RowError, flag
 from mlxlora.data.records import (
     Completion,
     Conversation,
@@ -83,7 +83,7 @@ class FormatReader:
             elif found != self.format:
                 raise RowError(
                     f"this row has the format '{found}', but line {self._first} has '{self.format}'",
-                    "A file holds one format; split it into two, or say which one with --samples.format.",
+                    f"A file holds one format; split it into two, or say which one with {flag('format')}.",
                 )
         assert self._form is not None
         missing = [key for key in self._form.keys if key not in value]

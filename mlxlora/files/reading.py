@@ -11,6 +11,7 @@ from mlxlora.errors import InputError
 
 MAX_JSON = 1_000_000_000  # bytes; the largest tokenizer.json known is below 50 MB
 MAX_YAML = 1_000_000  # bytes
+GIVEN = ("/dev/", "/proc/")  # where a shell puts what it was given on purpose: <(command)
 MAX_YAML_NODES = 100_000  # after aliases are followed
 
 
@@ -20,6 +21,8 @@ def read_text(path: Path, *, limit: int = MAX_JSON, error: type[InputError] = In
 
 
 def _read_bytes(path: Path, limit: int, error: type[InputError]) -> bytes:
+    if path.is_fifo() and not str(path).startswith(GIVEN):  # opening one waits until somebody writes, maybe for ever
+        raise error(f"{path} is a named pipe, not a file.")
     try:
         with path.open("rb") as file:
             content = file.read(limit + 1)

@@ -122,7 +122,8 @@ class Watch:
             self.pass_on(one)
 
     def pass_on(self, event: Event) -> None:
-        """Hand one event to everybody who listens."""
+        """Hand one event to everybody who listens. Raises TrainingError where the run's directory is gone."""
+        self.run.require_itself()
         if not isinstance(event, Checkpoint):
             self.history.add(append(self.run.metrics_path, event))
         if isinstance(event, Finished):

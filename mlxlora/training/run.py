@@ -171,6 +171,15 @@ class RunDirectory:
             self._lock.keep_directory()
         write_whole(self.path / "config.yaml", text)
 
+    def require_itself(self) -> None:
+        """Raise TrainingError when the directory was removed or renamed since the run began: nothing is made anew
+        where it stood."""
+        if not (self.path / "run.json").exists():
+            raise TrainingError(
+                f"{self.path} is gone: it was removed or renamed while the run wrote to it, so the run ends here and "
+                "nothing is left of it. Run the same command again to begin anew."
+            )
+
     def _write_record(self, **more: Any) -> None:
         record = {"format": 1, "identity": self._identity, "saved": self._saved, "finished": False}
         record |= {"chosen": self.chosen} if self.chosen else {}
@@ -253,6 +262,7 @@ class RunDirectory:
             raise ValueError(f"keep: expected at least 1, found {keep}")
         if not self._begun:
             raise RuntimeError("write_config comes before the first save")
+        self.require_itself()
         adapter = bytes_of(state.adapter)
         self._require(state.nbytes + (2 if best else 1) * adapter + 3 * HEADERS, f"the checkpoint of step {state.step}")
         target = self.path / "checkpoints" / f"step-{state.step:07d}"
@@ -285,4 +295,5 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run finished: it is not trained on or overwritten by accident from now on."""
+        self.require_itself()
         self._write_record(finished=True, summary=summary)

@@ -270,6 +270,10 @@ def test_advice_names_flags_that_the_verb_has(jsonl: Write, tmp_path: Path, caps
     assert main(["data", "convert", str(path), "--out", str(tmp_path / "out.jsonl")]) == 2
     said = capsys.readouterr().err
     assert " --format." in said and " --columns " in said and "samples." not in said
+    path = jsonl([{"--samples.question": "a", "question": "b", "answer": "c"}])
+    assert main(["data", "convert", str(path), "--out", str(tmp_path / "out.jsonl")]) == 2
+    said = capsys.readouterr().err
+    assert "'--samples.question'" in said and "Try --columns " in said
 
 
 def test_roles_dropped(jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

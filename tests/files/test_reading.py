@@ -1,11 +1,12 @@
 """JSON and YAML that others wrote."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from mlxlora.errors import InputError
-from mlxlora.files import read_json, read_yaml
+from mlxlora.files import read_json, read_text, read_yaml
 
 
 def yaml(tmp_path: Path, text: str) -> Path:
@@ -63,3 +64,21 @@ def test_json_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "c.json").write_bytes(content)
     with pytest.raises(InputError, match=message):
         read_json(tmp_path / "c.json", unique=True)
+
+
+def test_nobody_waits_for_a_pipe_that_stands_where_a_file_should(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "adapter_config.json")
+    for read in (read_json, read_yaml, read_text):
+        with pytest.raises(InputError, match="is a named pipe"):
+            read(tmp_path / "adapter_config.json")
+
+
+def test_what_a_shell_hands_over_as_a_pipe_is_read(tmp_path: Path) -> None:
+    """`--config <(command)`."""
+    reading, writing = os.pipe()
+    os.write(writing, b"a: 1\n")
+    os.close(writing)
+    try:
+        assert read_yaml(Path(f"/dev/fd/{reading}")) == {"a": 1}
+    finally:
+        os.close(reading)
