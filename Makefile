@@ -29,7 +29,7 @@ help:
 	@echo "make parity         tests against PyTorch, transformers, PEFT and llama.cpp (installs them: 1.5 GB)"
 	@echo "make faults         the long form of the fault tests: kills, full disks, hostile files, fuzzing (an hour)"
 	@echo "make architectures  one LoRA step on every architecture of mlx-lm"
-	@echo "make bench          speed and memory against mlx-lm and PyTorch + PEFT, as ratios"
+	@echo "make bench          speed and memory against mlx-lm and PyTorch + PEFT: a table, and benchmarks.json"
 	@echo "make clean          remove .venv and everything generated"
 
 # a stamp that is older than pyproject.toml, or an environment whose interpreter is gone, is made anew
@@ -75,9 +75,10 @@ faults: setup
 architectures: setup
 	$(TESTS) -m architectures -s
 
+# BENCH='--only chat,4k --dtype bfloat16' adds options
 bench: setup
 	$(PIP) --editable '.[bench]'
-	$(KEEP) $(FAST) $(BIN)/python -m benchmarks
+	$(KEEP) $(FAST) $(BIN)/python -m benchmarks --json benchmarks.json $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo-run .mypy_cache .ruff_cache .pytest_cache .hypothesis

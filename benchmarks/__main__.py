@@ -11,6 +11,7 @@ import sys
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -47,7 +48,8 @@ def main() -> int:
         print("\n".join(rows), flush=True)
         lines += rows
     if given.json:
-        given.json.write_text(json.dumps({"machine": _machine(given.dtype), "scenarios": measured}, indent=1))
+        found = {"machine": _machine(given.dtype), "scenarios": measured}
+        given.json.write_text(json.dumps(_sayable(found), indent=1, allow_nan=False) + "\n")
     if given.markdown:
         given.markdown.write_text("\n".join(lines) + "\n")
     if given.pictures:
@@ -91,6 +93,15 @@ def _row(scenario: Scenario, result: Result, first: Result) -> str:
         f"| {_number(result.loss, '.6f')} | {_number(result.loss_error, '.0e')} "
         f"| {_number(result.gradient_error, '.0e')} |"
     )
+
+
+def _sayable(value: Any) -> Any:
+    """With null for what was not measured: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _sayable(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_sayable(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _number(value: float, form: str) -> str:

@@ -200,6 +200,6 @@ def enter(name: str, scenario: Scenario, dtype: mx.Dtype) -> Contestant:
     if name == SHIPPED:
         return MlxLmTrainer(scenario, dtype)
     if name == PEFT:
-        return TorchPeft(scenario)
+        return TorchPeft(scenario, dtype)
     grade: CheckpointBlocks = "inputs" if name.endswith("inputs") else "products"
     return OurRun(scenario, grade, dtype) if scenario.samples else Ours(scenario, grade, dtype)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
-from benchmarks.scenarios import RANK, Arrays, Scenario, config, network, padded, samples
+from benchmarks.scenarios import RANK, Arrays, LeftOut, Scenario, config, network, padded, samples
 from mlxlora.parameters import flat
 
 
 class TorchPeft:
     """transformers' model under PEFT's LoRA, loss of the weighted tokens, float32."""
 
-    def __init__(self, scenario: Scenario) -> None:
+    def __init__(self, scenario: Scenario, dtype: mx.Dtype) -> None:
+        if mx.default_device().type != mx.cpu or dtype != mx.float32:
+            raise LeftOut("left out: it is compared on a CPU in float32 alone")
         import torch
         from peft import LoraConfig, get_peft_model
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -28,7 +31,9 @@ class TorchPeft:
         }
         model.load_state_dict(weights, strict=False)
         adapted = sorted({name.split(".")[-2] for name in ours if name.endswith("lora_a")})
-        peft: Any = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=adapted))
+        layers = range(scenario.layers)[-scenario.last :] if scenario.last else None
+        settings: Any = {"target_modules": adapted, "layers_to_transform": None if layers is None else list(layers)}
+        peft: Any = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, **settings))
         state = {}
         for name, array in ours.items():
             for short, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
