@@ -158,7 +158,7 @@ class Console:
     def step(self, event: events.Step) -> None:
         note = (
             f"epoch {event.epoch:.2f}  loss {event.loss:.4f}  lr {event.learning_rate:.2e}  "
-            f"{event.tokens_per_second:,.0f} tok/s  peak {human_bytes(event.peak_memory)}"
+            f"{event.processed_per_second:,.0f} tok/s  peak {human_bytes(event.peak_memory)}"
         )
         if event.best_loss is not None:
             note += f"  best {event.best_loss:.4f}"

@@ -11,7 +11,7 @@ from typing import Any
 from mlxlora.reporting.jsonl import read
 from mlxlora.reporting.page import POINTS, Smoothing
 
-CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "peak_memory")  # of the steps
+CURVES = ("loss", "learning_rate", "grad_norm", "processed_per_second", "peak_memory")  # of the steps
 KEPT = POINTS  # of a curve: what a chart draws
 NOTICES = 200  # that are told; of the rest their number
 # what must be a number in an event that is believed; and what may be one, or missing
@@ -23,7 +23,7 @@ NEEDED = {
     "data": ("samples", "validation_samples", "tokens", "trained_tokens", "shortest", "longest"),
 }
 OPTIONAL = {
-    "step": ("loss", "learning_rate", "grad_norm", "tokens_per_second"),
+    "step": ("loss", "learning_rate", "grad_norm", "processed_per_second"),
     "validation": ("loss",),
     "started": ("predicted_peak", "memory_limit", "predicted_seconds", "predicted_tokens_per_second"),
 }

@@ -151,12 +151,14 @@ def losses(runs: Sequence[Run]) -> dict[str, Any]:
         name = f"{run.name} " if many else ""
         if not many:
             curves.append(({"label": "each step", "color": 0, "faint": True}, run.history.curves["loss"].all()))
-        smoothed = {"label": f"{name}training, smoothed", "color": 2 * number}
+        # one run: a colour for each curve; several: a colour for each run, the same as in the other charts
+        smoothed = {"label": f"{name}training, smoothed", "color": number}
         curves.append((smoothed, run.history.curves["smoothed"].all()))
-        dashed = {"label": f"{name}validation", "color": 2 * number + 1, "dashed": many, "points": True}
+        dashed = {"label": f"{name}validation", "color": number if many else 1, "dashed": many, "points": True}
         curves.append((dashed, run.history.validations.all()))
         if run.history.best is not None:
-            curves.append(({"label": f"{name}best", "color": 4, "points": True}, [run.history.best]))
+            best = {"label": f"{name}best", "color": number if many else 4, "points": True, "dots": many}
+            curves.append((best, [run.history.best]))
     return chart("Loss (nats per token)", curves, wide=True)
 
 
@@ -200,7 +202,7 @@ CHARTS: list[Callable[[Sequence[Run]], dict[str, Any]]] = [
     losses,
     of_steps("Learning rate", "learning_rate", zero=True),
     of_steps("Gradient norm, before clipping", "grad_norm", log=True),
-    of_steps("Throughput (trained tokens per second)", "tokens_per_second", zero=True),
+    of_steps("Throughput (tokens per second)", "processed_per_second", zero=True),
     memory,
     lengths,
 ]

@@ -29,7 +29,9 @@ class Tracker(Protocol):
 
 Maker: TypeAlias = Callable[[Path, dict[str, Any]], Tracker]
 
-STEP_FIELDS = ("loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second", "peak_memory")
+STEP_FIELDS = (
+    "loss", "learning_rate", "grad_norm", "epoch", "tokens", "tokens_per_second", "processed_per_second", "peak_memory",
+)  # fmt: skip
 
 
 def scalars(event: Event) -> dict[str, float]:

@@ -143,6 +143,7 @@ def test_without_a_terminal_plain_lines(capsys: pytest.CaptureFixture[str]) -> N
     assert text.index("plan: peak 2.0 GB of 8.0 GB") < text.index("training 10 of 1,000 parameters")
     assert "\x1b" not in text and "tokenising …" in text and "validation loss 2.5000  (best)" in text
     assert "step 1/100" in text and "step 2/100" not in text and "100 %  step 100/100" in text
+    assert "  4,321 tok/s  " in text  # counted as the plan's, and not the trained ones alone
 
 
 @pytest.mark.parametrize("kind", ["dumb", "", "unknown"])

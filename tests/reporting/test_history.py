@@ -18,7 +18,7 @@ from tests.reporting.test_report import make_run
 def step(number: int, loss: float | None = 1.0, **more: Any) -> dict[str, Any]:
     return {
         "event": "step", "step": number, "steps": 10**6, "epoch": 0.5, "loss": loss, "learning_rate": 1e-4,
-        "grad_norm": 1.0 / number, "tokens": number, "tokens_per_second": 9.5, "peak_memory": 100 + number,
+        "grad_norm": 1.0 / number, "tokens": number, "processed_per_second": 9.5, "peak_memory": 100 + number,
         "elapsed": number * 0.1,
     } | more  # fmt: skip
 

@@ -61,7 +61,7 @@ def test_one_run(tmp_path: Path) -> None:
     assert "peak 2.0 GB of 8.0 GB, about 40 s" in text and "peak 2.1 GB, 30 s for 60 steps" in text
     assert HOSTILE not in text and "&lt;script&gt;document.title" in text
     assert not re.search(r"""(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
-    data = json.loads(re.search(r'id="charts">(.*?)</script>', text, re.S)[1])  # type: ignore[index]
+    data = charts(text)
     titles = [chart["title"] for chart in data]
     assert len(titles) == 6 and titles[0].startswith("Loss")
     for chart in data:
@@ -77,6 +77,16 @@ def test_several_runs_are_overlaid_and_their_differences_listed(
     text = report(runs).report.read_text()
     assert "Settings that differ" in text and "adapter.rank" in text and "models/tiny" in text
     assert not re.search(r"<th>model</th><td>models/tiny</td></tr>", text)
+    for chart in charts(text):  # a run is drawn in one colour, and in the same one everywhere
+        colours = {line["label"].split()[0]: line["color"] for line in chart["series"]}
+        assert colours == {"a": 0, "b": 1}
+        assert all(line["color"] == colours[line["label"].split()[0]] for line in chart["series"])
+
+
+def charts(text: str) -> list[dict[str, Any]]:
+    found = re.search(r'id="charts">(.*?)</script>', text, re.S)
+    assert found
+    return list(json.loads(found[1]))
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
