@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,12 +150,11 @@ def _safetensors(path: Path, out: Path, on_progress: Progress | None) -> Iterato
         yield path
         return
     architecture.read_config(path)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}.tmp-", dir=out.parent) as scratch:
-        torch_weights.to_safetensors(torch_files, Path(scratch), on_progress)
-        models.copy_files(path, Path(scratch), ("*.json", "*.py"))
-        (Path(scratch) / "pytorch_model.bin.index.json").unlink(missing_ok=True)
-        yield Path(scratch)
+    with files.scratch_directory(out) as scratch:
+        torch_weights.to_safetensors(torch_files, scratch, on_progress)
+        models.copy_files(path, scratch, ("*.json", "*.py"))
+        (scratch / "pytorch_model.bin.index.json").unlink(missing_ok=True)
+        yield scratch
 
 
 def _write(plan: _Plan, original: Path, scratch: Path, on_progress: Progress | None) -> tuple[list[Kept], int | None]:

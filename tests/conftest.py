@@ -1,18 +1,21 @@
 """Shared by all tests: no network, no writing outside the test's own folder."""
 
-import atexit
 import os
-import shutil
 import sys
-import tempfile
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "MLXLORA_CACHE" not in os.environ:
-    os.environ["MLXLORA_CACHE"] = tempfile.mkdtemp(prefix="mlxlora-cache-")
-    atexit.register(shutil.rmtree, os.environ["MLXLORA_CACHE"], ignore_errors=True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory):
+    """Tokenised data goes where pytest clears up, be it after a run that was killed."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "MLXLORA_CACHE" not in os.environ:
+            patch.setenv("MLXLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +72,8 @@ def network(family: str, seed: int = 0, *, dtype: mx.Dtype = mx.float32, **chang
 
 
 @functools.cache
-def _trained_tokenizer() -> Path:
-    """Trained once a session: 512 entries of byte-level BPE over a little English, code and Unicode."""
+def _trained_tokenizer() -> str:
+    """tokenizer.json, trained once a session: 512 entries of byte-level BPE over a little English, code and Unicode."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     built = Tokenizer(models.BPE())
@@ -96,8 +94,14 @@ def _trained_tokenizer() -> Path:
     built.train_from_iterator(text * 4, trainer)
     fill = VOCABULARY - built.get_vocab_size()
     built.add_tokens([AddedToken(f"<|unused{i}|>", special=True) for i in range(fill)])
-    directory = Path(tempfile.mkdtemp(prefix="mlxlora-tiny-"))
-    built.save(str(directory / "tokenizer.json"))
+    return str(built.to_str(pretty=True))
+
+
+def tokenizer(directory: Path, *, template: str | None = CHATML) -> Path:
+    """Write a tokenizer of 512 entries with a ChatML template (or `template`; None for a model without one)."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(_trained_tokenizer(), encoding="utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -105,22 +109,9 @@ def _trained_tokenizer() -> Path:
         "pad_token": "<|endoftext|>",
         "clean_up_tokenization_spaces": False,
         "model_max_length": 512,
-        "chat_template": CHATML,
     }
-    (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
-    return directory
-
-
-def tokenizer(directory: Path, *, template: str | None = CHATML) -> Path:
-    """Write a tokenizer of 512 entries with a ChatML template (or `template`; None for a model without one)."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    made = _trained_tokenizer()
-    shutil.copy(made / "tokenizer.json", directory)
-    settings = json.loads((made / "tokenizer_config.json").read_text())
-    settings["chat_template"] = template
-    if template is None:
-        del settings["chat_template"]
+    if template is not None:
+        settings["chat_template"] = template
     (directory / "tokenizer_config.json").write_text(json.dumps(settings, indent=2))
     return directory
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from mlxlora.files import free_space, human_bytes
+from mlxlora.files import free_space, human_bytes, scratch_directory
 from mlxlora.model import load_network
 from mlxlora_convert.gguf_header import read_header
 from mlxlora_convert.llamacpp import LlamaCpp
@@ -69,6 +68,6 @@ def from_file(path: Path, tokens: Sequence[int]) -> Floats:
             f"Not read back: for that its numbers are written beside it, which may take {human_bytes(needed)}, and "
             f"{human_bytes(free)} are free."
         )
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.tmp-", dir=path.parent) as folder:
-        import_gguf(path, Path(folder, "model"), dtype="float32")
-        return streamed(lambda: load_network(Path(folder, "model"))[0], tokens)
+    with scratch_directory(path) as folder:
+        import_gguf(path, folder / "model", dtype="float32")
+        return streamed(lambda: load_network(folder / "model")[0], tokens)

@@ -7,14 +7,13 @@ in `gguf_vocabulary`. What a file says of itself is checked by `gguf_header` bef
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlxlora import architecture, hub
-from mlxlora.files import new_file
+from mlxlora.files import new_file, scratch_directory
 from mlxlora.model import load_network, write_directory
 from mlxlora.progress import Progress
 from mlxlora.tokenizer import Tokenizer
@@ -129,8 +128,8 @@ def fused(job: ExportJob) -> Iterator[Path]:
     if not job.adapter:
         yield base
         return
-    with tempfile.TemporaryDirectory(prefix=f".{job.out.name}.tmp-", dir=job.out.parent) as folder:
-        target = Path(folder, base.resolve().name)
+    with scratch_directory(job.out) as folder:
+        target = folder / base.resolve().name
         target.mkdir()
         network, config = folded(job, base)
         write_directory(target, network, config, source=base, on_progress=job.on_progress)

@@ -7,7 +7,6 @@ the order of NumPy is a: (r, in), b: (out, r); for token embeddings a: (vocabula
 
 from __future__ import annotations
 
-import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 
 from mlxlora import weights
 from mlxlora.errors import AdapterError, Problem, UnsupportedError
-from mlxlora.files import free_space, human_bytes, new_file
+from mlxlora.files import free_space, human_bytes, new_file, scratch_directory
 from mlxlora_convert.gguf_architectures import Family, Tensors
 from mlxlora_convert.gguf_check import BOUNDS, GELU, READER, TABLE_BOUND, read
 from mlxlora_convert.gguf_file import export_gguf, language_config
@@ -143,8 +142,8 @@ def read_back(job: ExportJob, probe: Probe) -> ReadBack:
     if needed > free_space(job.out):
         free = human_bytes(free_space(job.out))
         raise NotReadBack(f"Not read back: the base model would have to be written for it, and {free} are free.")
-    with tempfile.TemporaryDirectory(prefix=f".{job.out.name}.tmp-", dir=job.out.parent) as folder:
-        model = export_gguf(base.path, Path(folder, "base.gguf"), type=kind)  # type: ignore[arg-type]
+    with scratch_directory(job.out) as folder:
+        model = export_gguf(base.path, folder / "base.gguf", type=kind)  # type: ignore[arg-type]
         theirs = read(model.path, probe.tokens, probe.log_probs, adapter=job.out)
     gelu = check_family(language_config(base.path)).gguf in GELU
     return probe.compare(READER, theirs, max(BOUNDS[kind], TABLE_BOUND if gelu else 0.0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mlxlora import weights
-from mlxlora.files import check_safetensors
+from mlxlora.files import check_safetensors, scratch_directory
 from mlxlora.parameters import flat
 from mlxlora_convert import huggingface, transformers_reader
 from mlxlora_convert.jobs import ExportJob
@@ -28,8 +27,8 @@ def transformers_model(job: ExportJob) -> Iterator[Any]:
     """
     model = BaseModel.open(job.base, revision=job.revision, trust_remote_code=job.trust_remote_code)
     transformers_reader.refuse_large(sum(int(np.prod(place.shape)) for place in model.places.values()))
-    with tempfile.TemporaryDirectory(prefix=".mlxlora-base-", dir=job.out.parent) as scratch:
-        path = model.path if as_transformers_wants(model) else _written(job, Path(scratch, "model"))
+    with scratch_directory(job.target) as scratch:
+        path = model.path if as_transformers_wants(model) else _written(job, scratch / "model")
         yield transformers_reader.load(path)[0]
 
 

@@ -71,24 +71,14 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         refuse_existing(target)
     elif target.is_symlink() or (target.exists() and not target.is_dir()):
         raise InputError(f"{target} is not a directory. Remove it first.")
-    with _place_for(target):
-        sweep_scratch(target.parent, f".{target.name}{SCRATCH}", abandoned=ABANDONED)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
-        held = os.open(scratch, os.O_RDONLY)
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX)  # says to others that this scratch has a living owner
-            scratch.chmod(0o755)
-            with room_for(target, scratch):
-                yield scratch
-                for file in scratch.rglob("*.safetensors"):
-                    check_safetensors(file)
-                sync_tree(scratch)
-                publish(scratch, target)
-        except BaseException:
-            shutil.rmtree(scratch, ignore_errors=True)
-            raise
-        finally:
-            os.close(held)
+    with scratch_directory(target) as scratch:
+        scratch.chmod(0o755)
+        with room_for(target, scratch):
+            yield scratch
+            for file in scratch.rglob("*.safetensors"):
+                check_safetensors(file)
+            sync_tree(scratch)
+            publish(scratch, target)
 
 
 @contextlib.contextmanager
@@ -100,14 +90,41 @@ def new_file(target: Path) -> Iterator[Path]:
     """
     target = Path(target)
     refuse_existing(target)
+    with scratch_directory(target) as folder:
+        path = folder / target.name
+        with room_for(target, path):
+            yield path
+            sync(path)
+            path.rename(target)
+            sync(target.parent)
+
+
+@contextlib.contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """Yield a directory beside `target` for the work on it, gone when the block ends.
+
+    A process that is killed leaves its own behind; the next that works on the same target removes it.
+    """
+    target = Path(target)
     with _place_for(target):
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}{SCRATCH}", dir=target.parent) as folder:
-            path = Path(folder, target.name)
-            with room_for(target, path):
-                yield path
-                sync(path)
-                path.rename(target)
-        sync(target.parent)
+        sweep_scratch(target.parent, f".{target.name}{SCRATCH}", abandoned=ABANDONED)
+        with _beside(target) as scratch:
+            try:
+                yield scratch
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _beside(target: Path) -> Iterator[Path]:
+    """A new directory beside `target`, locked, which says to others that it has a living owner."""
+    made = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
+    held = os.open(made, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        yield made
+    finally:
+        os.close(held)
 
 
 @contextlib.contextmanager
@@ -125,23 +142,22 @@ def _place_for(target: Path) -> Iterator[None]:
 
 
 def publish(scratch: Path, target: Path) -> None:
-    """Put the directory `scratch` in the place of `target`, and remove what stood there."""
+    """Put the directory `scratch` in the place of `target`; what stood there is `scratch` then, or gone."""
     if target.is_dir() and any(target.iterdir()):
         if exchange(scratch, target):
             sync(target.parent)
-            shutil.rmtree(scratch, ignore_errors=True)
             return
         # No exchange on this file system: for the time between two renames the old one stands under
         # `.target.tmp-…/old`, from where `sweep_scratch` brings it back should the process die just then.
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
-        target.rename(aside / "old")
-        try:
-            scratch.rename(target)
-        except BaseException:
-            (aside / "old").rename(target)
-            raise
-        sync(target.parent)
-        shutil.rmtree(aside, ignore_errors=True)
+        with _beside(target) as aside:
+            target.rename(aside / "old")
+            try:
+                scratch.rename(target)
+            except BaseException:
+                (aside / "old").rename(target)
+                raise
+            sync(target.parent)
+            shutil.rmtree(aside, ignore_errors=True)
     else:
         scratch.rename(target)  # an empty directory is replaced by the rename itself
         sync(target.parent)
@@ -170,8 +186,9 @@ def exchange(one: Path, other: Path) -> bool:
 def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) -> list[Path]:
     """Remove the scratch of dead processes in `parent`, and return what was removed.
 
-    Scratch with a living owner (it holds a lock on it) stays, and so does what is younger than `abandoned` seconds.
-    A directory that was moved aside and whose successor never came is put back.
+    Scratch with a living owner (it holds a lock on it) stays. What may not have come to its lock yet, files and empty
+    directories, stays for `abandoned` seconds. A directory that was moved aside and whose successor never came is put
+    back.
     """
     removed = []
     for path in sorted(Path(parent).iterdir()):
@@ -181,7 +198,9 @@ def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) ->
             if path.is_symlink():  # not ours: what it leads to stays
                 path.unlink()
                 continue
-            if time.time() - path.stat().st_mtime < abandoned or not _ownerless(path):
+            # a clock that was put back makes nothing young: so far ahead of it no living process writes
+            young = abs(time.time() - path.stat().st_mtime) < abandoned
+            if (young and not _begun(path)) or not _ownerless(path):
                 continue
             target = path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0])
             if (path / "old").is_dir() and len(list(path.iterdir())) == 1 and not target.exists():
@@ -191,6 +210,11 @@ def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) ->
             continue
         removed.append(path)
     return removed
+
+
+def _begun(path: Path) -> bool:
+    """Whether this is a directory with something in it: its owner has locked it before he wrote that."""
+    return path.is_dir() and any(path.iterdir())
 
 
 def _ownerless(path: Path) -> bool:
@@ -233,6 +257,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
     data = content.encode("utf-8") if isinstance(content, str) else content
     with room_for(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        sweep_scratch(path.parent, f".{path.name}{SCRATCH}", abandoned=ABANDONED)
         handle, name = tempfile.mkstemp(prefix=f".{path.name}{SCRATCH}", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,11 @@ import mlx.core as mx
 import numpy as np
 
 from tests import tiny
+from tests.faults.sound import scratch
 
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MLXLM_FILES = ("adapter_config.json", "adapters.safetensors")
 Q = "model.layers.0.self_attn.q_proj"
-
-
-@functools.cache
-def scratch() -> Path:
-    return Path(tempfile.mkdtemp())
 
 
 @functools.cache

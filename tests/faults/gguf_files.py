@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from tests import tiny
+from tests.faults.sound import scratch
 
 
 @functools.cache
 def sound_gguf(kind: str) -> Path:
     from mlxlora_convert.gguf_file import export_gguf
 
-    folder = Path(tempfile.mkdtemp())
-    model = tiny.model_directory(folder / "model", "qwen3")
-    return Path(export_gguf(model, folder / "model.gguf", type=kind).path)  # type: ignore[arg-type]
+    model = tiny.model_directory(scratch() / "gguf-model", "qwen3")
+    return Path(export_gguf(model, scratch() / f"{kind}.gguf", type=kind).path)  # type: ignore[arg-type]
 
 
 def gguf_seeds() -> list[bytes]:

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlxlora.errors import MlxLoraError
 from tests.faults import foreign, gguf_files
+from tests.faults.sound import scratch
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,6 @@ def judge_zip(path: Path, members: Any) -> None:
 
 
 # ---- directories --------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def scratch() -> Path:
-    """A folder for sound directories, made once in a process."""
-    return Path(tempfile.mkdtemp())
 
 
 def damaged_copy(sound: Path, folder: Path, name: str, data: bytes) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 import mlxlora.files.publish as publishing
 from mlxlora.errors import DiskFullError, FormatError, InputError
-from mlxlora.files import new_directory, require_space, sweep_scratch, write_whole
+from mlxlora.files import new_directory, new_file, require_space, scratch_directory, sweep_scratch, write_whole
 
 
 def content(path: Path) -> dict[str, str]:
@@ -100,17 +100,34 @@ def test_without_exchange_the_old_one_comes_back_after_a_kill(tmp_path: Path, mo
 
 
 def test_scratch_of_the_dead_is_swept_and_of_the_living_kept(tmp_path: Path) -> None:
-    dead = _made(tmp_path / ".out.tmp-dead", "x")
-    young = _made(tmp_path / ".out.tmp-young", "x")
+    dead = _made(tmp_path / ".out.tmp-dead", "x")  # of a process that was killed a moment ago
     other = _made(tmp_path / ".other.tmp-dead", "x")
-    os.utime(dead, (time.time() - 3600,) * 2)
-    os.utime(other, (time.time() - 3600,) * 2)
+    young, file = tmp_path / ".out.tmp-young", tmp_path / ".out.tmp-file"  # their owner may not have come to a lock yet
+    young.mkdir()
+    file.touch()
     with new_directory(tmp_path / "out") as scratch:
         (scratch / "a").write_text("1")
-        assert not dead.exists() and young.exists() and other.exists()
-        os.utime(scratch, (time.time() - 3600,) * 2)
+        assert not dead.exists() and young.exists() and file.exists() and other.exists()
         sweep_scratch(tmp_path)
-        assert scratch.exists() and not young.exists() and not other.exists()
+        assert scratch.exists() and not young.exists() and not file.exists() and not other.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("hours", [-1, 1])  # 1: a clock that was put back since
+def test_what_a_killed_process_left_goes_with_the_next_work_on_the_same_target(tmp_path: Path, hours: int) -> None:
+    for number, write in enumerate((new_file, scratch_directory, new_directory)):
+        left = [tmp_path / ".out.tmp-empty", _made(tmp_path / ".out.tmp-full", "x"), tmp_path / ".out.tmp-file"]
+        left[0].mkdir()
+        left[2].touch()
+        for path in left:
+            os.utime(path, (time.time() + hours * 3600,) * 2)
+        with pytest.raises(RuntimeError), write(tmp_path / "out"):
+            assert not any(path.exists() for path in left), (number, left)
+            raise RuntimeError
+    (tmp_path / ".out.tmp-file").touch()
+    os.utime(tmp_path / ".out.tmp-file", (time.time() + hours * 3600,) * 2)
+    write_whole(tmp_path / "out", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_links_and_files_are_not_replaced(tmp_path: Path) -> None:
