@@ -3,8 +3,11 @@
 import mlxlora.data.load
 import mlxlora.engine.engine
 import mlxlora.finetune
+import mlxlora.mlxlm
 import mlxlora.model
 import mlxlora.objectives.sft
 import mlxlora.reporting.jsonl
 import mlxlora.training.loop
-import mlxlora.training.run  # noqa: F401
+import mlxlora.training.run
+
+mlxlora.mlxlm.module("utils")  # with it transformers, the slowest of all
