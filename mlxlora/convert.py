@@ -221,7 +221,7 @@ def _compare(
     try:
         tokenizer = models.load_tokenizer(scratch, trust_remote_code=plan.trust_remote_code)
     except ModelError as error:
-        return None, None, [f"Not compared with its source: {error}"]
+        return None, None, [f"Not compared with its source: {str(error).replace(str(scratch), str(original))}"]
     vocabulary = architecture.text_config(architecture.read_config(scratch)).get("vocab_size", tokenizer.vocab_size)
     ids = probe.tokens(tokenizer, int(vocabulary))
     before = probe.streamed_log_probs(lambda: plan.load()[0], ids)

@@ -180,7 +180,8 @@ def parse(parser: ArgumentParser, words: list[str]) -> dict[str, Any]:
                 given[action.dest] = Path(text) if "Path" in kind else text
         return dict(vars(parser.instantiate(given)))
     except ArgumentError as error:
-        raise ConfigError(explain(str(error), known)) from None
+        bare = [action.dest for action in parser._actions if not action.option_strings]
+        raise ConfigError(explain(str(error), known, bare)) from None
     except ValueError as error:  # jsonargparse's own, around what the dataclass of a group said of its values
         raise own_words(error) from None
 
@@ -237,12 +238,14 @@ def among(choices: str) -> str:
     return f"one of {names}" if "," in names else names
 
 
-def explain(message: str, known: list[str]) -> str:
-    """jsonargparse's message, with the nearest known option beside an unknown one."""
+def explain(message: str, known: list[str], bare: list[str]) -> str:
+    """jsonargparse's message, with the nearest known option beside an unknown one. `bare` stand without a flag."""
     if match := re.match(r"unrecognized arguments: ([^-].*)", message):
         return f"unexpected: {match[1]}. Values stand after their --option; quote one that holds spaces."
     if match := re.match(r"unrecognized arguments: (?:--)?([\w.+-]+)", message):
         name = match[1]
+        if name in bare:
+            return f"--{name}: {name.upper()} stands without a flag before it here."
         return f"unknown option --{name}.{nearest(name, known)}"
     if match := re.search(r"Group '(\S+)' does not accept option '(\S+)'", message):
         name = f"{match[1]}.{match[2]}"

@@ -27,6 +27,9 @@ from mlxlora.errors import ModelError, UnsupportedError
 from mlxlora.tokenizer_file import check_own_code, check_speed, check_tokenizer_file, panics
 
 IntArray = npt.NDArray[np.int32]
+NEEDED = (
+    "A model directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json: take them from its source."
+)
 ALIAS_OPEN, ALIAS_CLOSE = "\U0010fffd", "\U0010fffc"  # private-use characters that spell a control token unmistakably
 
 
@@ -90,11 +93,11 @@ class Tokenizer:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             if not [*path.glob("config.json"), *path.glob("tokenizer*")]:
                 reason = "there is no config.json, so this is no model directory."
-            raise ModelError(
-                f"{path}: the tokenizer cannot be loaded: {reason.rstrip('.: ')}. "
-                "A model directory needs tokenizer.json (or tokenizer.model) and tokenizer_config.json."
-            ) from None
+            raise ModelError(f"{path}: the tokenizer cannot be loaded: {reason.rstrip('.: ')}. {NEEDED}") from None
         loaded = cls(hf, path=path)
+        # without its files transformers makes an empty one of the class that config.json names
+        if set(loaded._backend.get_vocab(with_added_tokens=False)) <= set(loaded.control_tokens):
+            raise ModelError(f"{path}: there is no vocabulary, so this model has no tokenizer. {NEEDED}")
         check_speed(loaded._backend, path)
         return loaded
 

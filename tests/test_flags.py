@@ -141,6 +141,12 @@ def test_switches_of_a_group_that_may_be_left_out() -> None:
             flags.normalise(parser, [*words, *wrong])
 
 
+def test_what_stands_without_a_flag_is_not_called_unknown_with_one() -> None:
+    parser, _ = parser_of("merge")
+    with pytest.raises(ConfigError, match="^--adapter: ADAPTER stands without a flag"):
+        flags.parse(parser, flags.normalise(parser, ["--adapter", "a", "b", "--out", "o"]))
+
+
 def test_one_value_of_a_list_of_numbers_is_a_list() -> None:
     parser, _ = parser_of("tune")
     given = flags.parse(

@@ -7,11 +7,13 @@ import runpy
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mlxlora import cli
 from mlxlora.demo.run import demo
+from mlxlora.macs import mac
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "mlxlora" / "demo" / "model"
@@ -29,6 +31,29 @@ PYTHON = {
     and (block := "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.S)))
 }
 SHORTER = {"steps=40": "steps=2", "epochs=3": "steps=2"}
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "convert" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_that_is_shown_is_understood(
+    page: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Verbs, options and values, without running anything. What stands in a sentence may leave out what is required."""
+    text = page.read_text(encoding="utf-8")
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(cli, "execute", lambda function, arguments, as_json: given.update(arguments) or 0)
+    code = "\n".join([*re.findall(r"```\w*\n(.*?)```", text, re.S), *re.findall(r"^    (.*)$", text, re.M)])
+    lines = re.findall(r"^(mlxlora .*)$", code.replace("\\\n", " "), re.M)
+    for command in [*lines, *re.findall(r"`(mlxlora [a-z][^`]*)`", text)]:
+        given.clear()
+        words = shlex.split(re.sub(r" > .*|…|--config ?\S*", "", command), comments=True)
+        status = cli.main(words[1:])
+        error = capsys.readouterr().err
+        short = error.startswith("error: missing:") and (command not in lines or "--config" in command)
+        assert status == 0 or short, f"{command}\n{error}"
+        if given.get("for_") is not None:
+            mac(given["for_"])
 
 
 @pytest.fixture(scope="module")

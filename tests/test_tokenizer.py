@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from mlxlora.errors import ModelError, UnsupportedError
 from mlxlora.tokenizer import Tokenizer
+from tests import tiny
 from tests.chat_families import CONTROL, hf_tokenizer
 
 TEXTS = [
@@ -86,3 +89,12 @@ def test_unigram_vocabularies_hold_their_control_tokens_as_pieces_and_still_spel
     for token in CONTROL:
         assert control & set(made.encode_ids([f"a {token} b"], control=True)[0].tolist()) or token == "<unk>"
         assert not control & set(made.encode_ids([f"a {token} b"])[0].tolist()), token
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "gpt2"])
+def test_a_model_without_a_tokenizer_is_refused(tmp_path: Path, family: str) -> None:
+    model = tiny.model_directory(tmp_path / "model", family)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (model / name).unlink()
+    with pytest.raises(ModelError, match=r"no vocabulary.*needs tokenizer\.json"):  # transformers makes an empty one
+        Tokenizer.load(model)

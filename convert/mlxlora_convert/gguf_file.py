@@ -128,7 +128,7 @@ def fused(job: ExportJob) -> Iterator[Path]:
     if not job.adapter:
         yield base
         return
-    with scratch_directory(job.out) as folder:
+    with scratch_directory(job.target) as folder:
         target = folder / base.resolve().name
         target.mkdir()
         network, config = folded(job, base)

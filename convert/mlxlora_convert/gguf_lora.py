@@ -142,7 +142,7 @@ def read_back(job: ExportJob, probe: Probe) -> ReadBack:
     if needed > free_space(job.out):
         free = human_bytes(free_space(job.out))
         raise NotReadBack(f"Not read back: the base model would have to be written for it, and {free} are free.")
-    with scratch_directory(job.out) as folder:
+    with scratch_directory(job.target) as folder:
         model = export_gguf(base.path, folder / "base.gguf", type=kind)  # type: ignore[arg-type]
         theirs = read(model.path, probe.tokens, probe.log_probs, adapter=job.out)
     gelu = check_family(language_config(base.path)).gguf in GELU

@@ -169,7 +169,9 @@ def _known() -> str:
 
 def _siblings(path: Path) -> str:
     try:
-        return nearest(path.name, [item.name for item in path.parent.iterdir()])
+        # by what stands before the ending: that alone makes no two files alike
+        alike = [item.name for item in path.parent.iterdir() if nearest(path.stem, [item.stem])]
+        return nearest(path.name, alike)
     except OSError:
         return ""
 

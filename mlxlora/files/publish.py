@@ -27,7 +27,7 @@ from mlxlora.files.space import room_for
 from mlxlora.files.tensors import check_safetensors
 
 SCRATCH = ".tmp-"  # in the name of everything that is not published yet
-ABANDONED = 60.0  # seconds after which scratch that nobody holds is taken for a dead process's
+ABANDONED = 60.0  # seconds after which a scratch file is taken for a dead process's
 
 
 def sync(path: Path) -> None:
@@ -118,13 +118,12 @@ def scratch_directory(target: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
     """A new directory beside `target`, locked, which says to others that it has a living owner."""
-    made = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
-    held = os.open(made, os.O_RDONLY)
-    try:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        yield made
-    finally:
-        os.close(held)
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
+        with _locked(made, wait=True) as held:
+            if held and made.exists():  # else somebody swept it before it was locked
+                yield made
+                return
 
 
 @contextlib.contextmanager
@@ -186,9 +185,8 @@ def exchange(one: Path, other: Path) -> bool:
 def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) -> list[Path]:
     """Remove the scratch of dead processes in `parent`, and return what was removed.
 
-    Scratch with a living owner (it holds a lock on it) stays. What may not have come to its lock yet, files and empty
-    directories, stays for `abandoned` seconds. A directory that was moved aside and whose successor never came is put
-    back.
+    Directories with a living owner (it holds a lock on them) stay, and files that are younger than `abandoned` seconds.
+    A directory that was moved aside and whose successor never came is put back.
     """
     removed = []
     for path in sorted(Path(parent).iterdir()):
@@ -198,36 +196,42 @@ def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) ->
             if path.is_symlink():  # not ours: what it leads to stays
                 path.unlink()
                 continue
-            # a clock that was put back makes nothing young: so far ahead of it no living process writes
-            young = abs(time.time() - path.stat().st_mtime) < abandoned
-            if (young and not _begun(path)) or not _ownerless(path):
+            if path.is_dir():
+                with _locked(path, wait=False) as held:
+                    if not held:
+                        continue
+                    target = path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0])
+                    if (path / "old").is_dir() and len(list(path.iterdir())) == 1 and not target.exists():
+                        (path / "old").rename(target)
+                    remove_directory(path)
+            # a clock that was put back makes nothing young
+            elif abs(time.time() - path.stat().st_mtime) < abandoned:
                 continue
-            target = path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0])
-            if (path / "old").is_dir() and len(list(path.iterdir())) == 1 and not target.exists():
-                (path / "old").rename(target)
-            remove_directory(path) if path.is_dir() else path.unlink()
+            else:
+                path.unlink()
         except FileNotFoundError:  # another process sweeps here too
             continue
         removed.append(path)
     return removed
 
 
-def _begun(path: Path) -> bool:
-    """Whether this is a directory with something in it: its owner has locked it before he wrote that."""
-    return path.is_dir() and any(path.iterdir())
-
-
-def _ownerless(path: Path) -> bool:
-    if not path.is_dir():
-        return True
-    handle = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def _locked(directory: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock on a scratch directory; False where another process does (without `wait`), or it is gone."""
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        handle = os.open(directory, os.O_RDONLY)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
     except BlockingIOError:
-        return False
+        held = False
+    try:
+        yield held
     finally:
         os.close(handle)
-    return True
 
 
 def remove_directory(path: Path) -> None:

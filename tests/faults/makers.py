@@ -17,7 +17,7 @@ from typing import Any
 
 from tests import tiny
 
-SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
+SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Directories and files appear whole or not at all."""
 
 import os
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -102,15 +103,30 @@ def test_without_exchange_the_old_one_comes_back_after_a_kill(tmp_path: Path, mo
 def test_scratch_of_the_dead_is_swept_and_of_the_living_kept(tmp_path: Path) -> None:
     dead = _made(tmp_path / ".out.tmp-dead", "x")  # of a process that was killed a moment ago
     other = _made(tmp_path / ".other.tmp-dead", "x")
-    young, file = tmp_path / ".out.tmp-young", tmp_path / ".out.tmp-file"  # their owner may not have come to a lock yet
-    young.mkdir()
+    file = tmp_path / ".out.tmp-file"  # files are written without a lock
     file.touch()
     with new_directory(tmp_path / "out") as scratch:
         (scratch / "a").write_text("1")
-        assert not dead.exists() and young.exists() and file.exists() and other.exists()
+        assert not dead.exists() and file.exists() and other.exists()
         sweep_scratch(tmp_path)
-        assert scratch.exists() and not young.exists() and not file.exists() and not other.exists()
+        assert scratch.exists() and not file.exists() and not other.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_scratch_that_is_swept_before_its_lock_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = tempfile.mkdtemp
+    made: list[str] = []
+
+    def swept(**options: Any) -> str:
+        made.append(make(**options))
+        if len(made) == 1:  # another process comes by just then
+            assert [str(path) for path in sweep_scratch(tmp_path)] == made
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", swept)
+    with new_directory(tmp_path / "out") as scratch:
+        (scratch / "a").write_text("1")
+    assert content(tmp_path / "out") == {"a": "1"} and len(made) == 2
 
 
 @pytest.mark.parametrize("hours", [-1, 1])  # 1: a clock that was put back since
