@@ -51,10 +51,30 @@ def contains(answer: str, expected: str) -> float:
     return float(collapse(expected) in collapse(answer))
 
 
+def strict(text: str) -> Any:
+    """The value of a JSON text. Raises ValueError for what is none, such as Python's NaN."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two JSON values are the same one: 1 and 1.0 are, 1 and true are not, though Python says so."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
 def is_json(answer: str, expected: str) -> float:
     """1 where the answer is valid JSON."""
     try:
-        json.loads(answer)
+        strict(answer)
     except (ValueError, RecursionError):
         return 0.0
     return 1.0
@@ -63,7 +83,7 @@ def is_json(answer: str, expected: str) -> float:
 def json_equal(answer: str, expected: str) -> float:
     """1 where both are JSON and stand for the same value."""
     try:
-        return float(json.loads(answer) == json.loads(expected))
+        return float(same(strict(answer), strict(expected)))
     except (ValueError, RecursionError):
         return 0.0
 
@@ -134,7 +154,7 @@ def json_schema(argument: str) -> Score:
 
     def score(answer: str, expected: str) -> float:
         try:
-            return float(validator.is_valid(json.loads(answer)))
+            return float(validator.is_valid(strict(answer)))
         except (ValueError, RecursionError):
             return 0.0
 
@@ -151,7 +171,21 @@ def own(module: str, name: str) -> Score:
         raise ConfigError(f"metric {module}:{name}: the module cannot be imported: {error}.") from None
     except AttributeError:
         raise ConfigError(f"metric {module}:{name}: {module} has no '{name}'.") from None
-    return lambda answer, expected: float(function(answer, expected))
+
+    def score(answer: str, expected: str) -> float:
+        try:
+            return float(function(answer, expected))
+        except Exception as error:  # whatever the user's function raises; --traceback shows where
+            raise ConfigError(
+                f"metric {module}:{name} failed on the answer {shown(answer)}: {type(error).__name__}: {error}."
+            ) from error
+
+    return score
+
+
+def shown(text: str) -> str:
+    """A text as part of a message."""
+    return repr(text if len(text) <= 80 else f"{text[:79]}…")
 
 
 PLAIN: dict[str, Score] = {
@@ -164,10 +198,10 @@ def metric(name: str) -> Score:
     """The metric of that name; see the list at the top of this module. Raises ConfigError for any other."""
     if name in PLAIN:
         return PLAIN[name]
-    head, colon, argument = name.partition(":")
-    if head in WITH_ARGUMENT and (colon or head == "number"):
+    head, _, argument = name.partition(":")
+    if head in WITH_ARGUMENT and (argument or head == "number"):
         return WITH_ARGUMENT[head](argument)
-    if colon and head not in PLAIN:
+    if argument and head not in PLAIN and head not in WITH_ARGUMENT:
         return own(head, argument)
     known = [*PLAIN, *WITH_ARGUMENT]
     raise ConfigError(

@@ -143,7 +143,7 @@ def test_switches_of_a_group_that_may_be_left_out() -> None:
 
 def test_what_stands_without_a_flag_is_not_called_unknown_with_one() -> None:
     parser, _ = parser_of("merge")
-    with pytest.raises(ConfigError, match="^--adapter: ADAPTER stands without a flag"):
+    with pytest.raises(ConfigError, match=r"^--adapter: ADAPTER stands without a flag"):
         flags.parse(parser, flags.normalise(parser, ["--adapter", "a", "b", "--out", "o"]))
 
 

@@ -23,7 +23,12 @@ from mlxlora.metrics import compare_scores, metric
         ("json", "{'a': 1}", "", 0.0),
         ("json", "[" * 100_000, "", 0.0),
         ("json-equal", '{"a": 1, "b": 2}', '{"b": 2, "a": 1}', 1.0),
+        ("json", "[NaN]", "", 0.0),
         ("json-equal", '{"a": 1}', '{"a": 2}', 0.0),
+        ("json-equal", '{"a": [1]}', '{"a": [true]}', 0.0),
+        ("json-equal", '{"a": [1.0, false, null]}', '{"a": [1, false, null]}', 1.0),
+        ("json-equal", '{"a": [1]}', '{"a": [1, 2]}', 0.0),
+        ("json-equal", "NaN", "NaN", 0.0),
         ("number", "that makes 1,234.50 in all", "1234.5", 1.0),
         ("number:0.01", "about 101", "100", 1.0),
         ("number:0.001", "about 101", "100", 0.0),
@@ -32,21 +37,20 @@ from mlxlora.metrics import compare_scores, metric
         ("rouge-l", "the dog sat", "the cat sat", 2 / 3),
         ("rouge-l", "sat cat the", "the cat sat", 1 / 3),
         ("rouge-l", "", "the cat", 0.0),
-        ("math:gcd", "4", "6", None),
     ],
 )
-def test_scores(name: str, answer: str, expected: str, score: float | None) -> None:
-    if score is None:
-        with pytest.raises(TypeError):
-            metric(name)(answer, expected)
-    else:
-        assert metric(name)(answer, expected) == pytest.approx(score)
+def test_scores(name: str, answer: str, expected: str, score: float) -> None:
+    assert metric(name)(answer, expected) == pytest.approx(score)
 
 
 def test_own_function_and_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_metric_module.py").write_text("def half(answer, expected):\n    return 0.5\n")
+    (tmp_path / "my_metric_module.py").write_text(
+        "def half(answer, expected):\n    return 0.5\ndef forgot(answer, expected):\n    answer == expected\n"
+    )
     monkeypatch.chdir(tmp_path)
     assert metric("my_metric_module:half")("a", "b") == 0.5
+    with pytest.raises(ConfigError, match="my_metric_module:forgot failed on the answer 'a': TypeError"):
+        metric("my_metric_module:forgot")("a", "b")
     pytest.importorskip("jsonschema")
     (tmp_path / "schema.json").write_text(json.dumps({"type": "object", "required": ["name"]}))
     score = metric("json-schema:schema.json")
@@ -54,7 +58,18 @@ def test_own_function_and_schema(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    "name", ["exakt", "regex:(", "number:much", "no_such_module_x:f", "math:no_such_function", "regex", "json:x"]
+    "name",
+    [
+        "exakt",
+        "regex:(",
+        "number:much",
+        "no_such_module_x:f",
+        "math:no_such_function",
+        "regex",
+        "regex:",
+        "json-schema:",
+        "json:x",
+    ],
 )
 def test_unknown_metrics_are_refused(name: str) -> None:
     with pytest.raises(ConfigError):

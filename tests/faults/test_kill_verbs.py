@@ -1,6 +1,7 @@
 """`kill -9` inside verbs that make a model or an adapter: all of it is there or nothing; the next call makes it."""
 
 import random
+import re
 import shutil
 import time
 from multiprocessing.process import BaseProcess
@@ -41,7 +42,7 @@ def kills(folder: Path, names: list[str], each: int, enough: float) -> None:
     chosen = random.Random(29)
     total = inside = 0
     for name in names:
-        work = folder / name
+        work = folder / re.sub(r"\W+", "-", name)
         out = makers.target(name, work)
         work.mkdir()
         seconds = finish(name, place, work)
