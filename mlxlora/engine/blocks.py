@@ -20,6 +20,7 @@ from mlxlora.engine.device import settling, settling_afterwards
 from mlxlora.engine.dropout import set_block_key
 from mlxlora.engine.hold import own_call
 from mlxlora.engine.masks import Layout, Steering
+from mlxlora.engine.products import Products
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.structure import structure
 from mlxlora.engine.traces import Traces, given, laid_out
@@ -63,7 +64,7 @@ class BlockFunctions:
         self.traces = Traces(compiled)
         self._unread: dict[Any, frozenset[tape.Site]] = {}
         self._sites: list[tape.Site] = []  # of the tape that was written last
-        self._templates: dict[Any, tuple[Block, tape.Products]] = {}
+        self._templates: dict[Any, tuple[Block, Products]] = {}
 
     def close(self) -> None:
         """Forget what was traced."""
@@ -103,10 +104,10 @@ class BlockFunctions:
         grads: list[mx.array] = function(block.slots.get(), x, list(sides), list(kept), cotangent, *given(layout, key))
         return (grads[:-1], grads[-1]) if further else (grads, None)
 
-    def _template(self, block: Block) -> tuple[Block, tape.Products]:
+    def _template(self, block: Block) -> tuple[Block, Products]:
         """The block that stands for all of its structure."""
         if block.structure not in self._templates:
-            self._templates[block.structure] = (block, tape.Products(block.module))
+            self._templates[block.structure] = (block, Products(block.module))
         return self._templates[block.structure]
 
     def _forward(self, block: Block, call: Call, layout: Layout, keep: bool) -> Callable[..., Any]:
@@ -201,7 +202,7 @@ class BlockFunctions:
 
 
 def _run(
-    block: Block, products: tape.Products, call: Call, x: mx.array, sides: Sequence[mx.array], on: tape.Tape
+    block: Block, products: Products, call: Call, x: mx.array, sides: Sequence[mx.array], on: tape.Tape
 ) -> mx.array:
     args, kwargs = call.arguments(x, sides)
     with products.holding(), tape.on(on):

@@ -23,19 +23,20 @@ KEPT = 8  # tables of one batch
 
 @dataclass(frozen=True, slots=True)
 class Tables:
-    """C and S of the rotation of heads, of which the first 2 · half numbers turn."""
+    """C and S of the rotation of heads, of which the first 2 · half numbers turn; and the S that turns back."""
 
     half: int
     own: mx.array
     others: mx.array
+    back: mx.array
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both."""
-        return int(self.own.nbytes + self.others.nbytes)
+        """Bytes of all."""
+        return int(self.own.nbytes + self.others.nbytes + self.back.nbytes)
 
     def turn(self, x: mx.array) -> mx.array:
-        """The rotation of x [.., T, d]."""
+        """The rotation of x [B, heads, T, d]."""
 
         @mx.custom_function
         def turned(x: mx.array) -> mx.array:
@@ -43,21 +44,25 @@ class Tables:
 
         @turned.vjp
         def backward(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-            return self._mixed(cotangent, _swapped(self.others, self.half))
+            return self._mixed(cotangent, self.back)
 
         value: Any = turned(x)
         out: mx.array = value
         return out
 
     def _mixed(self, x: mx.array, others: mx.array) -> mx.array:
-        return (x * self.own + _swapped_product(x, others, self.half)).astype(x.dtype)
+        # in memory the heads of a token stand side by side, as its projection made them and wants them back: in that
+        # order all three passes run through whole rows, in the other a pass would go across and a copy would follow
+        x = x.swapaxes(1, 2)
+        out = x * self.own[:, None] + _swapped_product(x, others, self.half)
+        return out.astype(x.dtype).swapaxes(1, 2)
 
 
 def _swapped_product(x: mx.array, factors: mx.array, half: int) -> mx.array:
-    """swapped(x) · factors; the swapped halves are a view that goes backwards, not a copy."""
+    """swapped(x) · factors of x [B, T, heads, d]; the swapped halves are a view that goes backwards, not a copy."""
     turning, *rest = mx.split(x, [2 * half], axis=-1) if x.shape[-1] > 2 * half else [x]
     pairs = turning.reshape(*turning.shape[:-1], 2, half)[..., ::-1, :]
-    out = (pairs * factors[..., : 2 * half].reshape(-1, 2, half)).reshape(turning.shape)
+    out = (pairs * factors[:, : 2 * half].reshape(-1, 1, 2, half)).reshape(turning.shape)
     return mx.concatenate([out, mx.zeros_like(rest[0])], axis=-1) if rest else out
 
 
@@ -75,7 +80,7 @@ def tables(turn: Callable[[mx.array], mx.array], length: int, width: int, half: 
     nothing = mx.zeros_like(first)
     own = mx.where(parts[0], first, mx.where(parts[1], second, rest))
     others = mx.where(parts[0], second, mx.where(parts[1], first, nothing))
-    found = Tables(half, own, others)
+    found = Tables(half, own, others, mx.contiguous(_swapped(others, half)))
     x = mx.random.normal((1, 1, length, width), key=mx.random.key(0))
     error = mx.abs(found.turn(x) - turn(x))[..., :CHECKED, :].max()
     return found if float(error) <= ERROR * max(1.0, float(mx.abs(own).max())) else None

@@ -76,7 +76,7 @@ def test_layers_of_the_same_frequencies_share_their_tables(name: str) -> None:
     with Steering(network).with_layout(layout), settling():
         for rope in network.ropes:
             rope(x)
-        assert len(layout.tables) == 1 and layout.kept == 2 * LENGTH * WIDTH * 4
+        assert len(layout.tables) == 1 and layout.kept == 3 * LENGTH * WIDTH * 4
         assert agree(network.other(x), nn.RoPE(WIDTH, base=77.0)(x))
         assert len(layout.tables) == 2
     assert not layout.kind.tables  # what is compiled or known for the next batch does not hold these
