@@ -6,7 +6,6 @@ number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -32,30 +31,30 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
     """gate · sigmoid(gate) · x, in place of mlx-lm's function of this name."""
     known = tape.values(gate, x)
     written = tape.current()
-    followed = known is None and written is not None and written.reading
+    reading = written is not None and written.reading
+    followed = known is None and reading
+    powers: list[mx.array] = []  # of the forward pass, where the backward pass is about to ask for it
 
     @mx.custom_function
     def activation(gate: mx.array, x: mx.array) -> mx.array:
         gate, x = known or (gate, x)
-        return _forward(gate, x, one_operation if followed else exponential)
+        power = (one_operation if followed else exponential)(gate, -1.0)
+        settle(power)
+        if known and reading:
+            powers.append(power)
+        return _product(gate, x, power)
 
     @activation.vjp
     def backward(primals: Any, cotangent: mx.array, _: mx.array) -> tuple[mx.array, mx.array]:
-        return aside(_backward, *primals, cotangent)
+        return aside(_backward, *primals, cotangent, powers)
 
     value: Any = activation(gate, x)
     out: mx.array = value
     return out
 
 
-def _forward(gate: mx.array, x: mx.array, exp: Callable[[mx.array, float], mx.array]) -> mx.array:
-    power = exp(gate, -1.0)
-    settle(power)
-    return _product(gate, x, power)
-
-
-def _backward(gate: mx.array, x: mx.array, cotangent: mx.array) -> tuple[mx.array, mx.array]:
-    power = exponential(gate, -1.0)
+def _backward(gate: mx.array, x: mx.array, cotangent: mx.array, powers: list[mx.array]) -> tuple[mx.array, mx.array]:
+    power = powers.pop() if powers else exponential(gate, -1.0)
     settle(power)
     by_gate = _by_gate(gate, x, power, cotangent)
     settle(by_gate)

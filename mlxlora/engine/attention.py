@@ -9,12 +9,14 @@ pass; here they are made again from q and k, C rows at a time, so nothing of siz
 behind it, none before its window, and, in packed rows, none before the documents it belongs to: a causal mask costs
 half of the full square, packed rows a small part. (FlashAttention's idea, https://arxiv.org/abs/2205.14135, in MLX's
 own operations: the same code runs on Metal, CUDA and CPUs. Forward, MLX's fused kernel does it where there is one.)
+
+The queries of a key head lie side by side, [B, K, T · G, d], so that those of a chunk are one matrix without being
+copied, and scores lie the other way round than usual, [.., N, C · G]: a CPU adds up rows faster than within a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate, pairwise
 from typing import Any
@@ -23,40 +25,12 @@ import mlx.core as mx
 
 from mlxlora.engine.device import aside, on_cpu, settle
 from mlxlora.engine.exponential import exponential
+from mlxlora.engine.pattern import Chunk, Cut, Part, Pattern
 
 Result = tuple[mx.array, mx.array]
+Heads = tuple[int, int]  # a range of key heads
 SCORES_AT_A_TIME = 1 << 22  # numbers in one chunk of scores: 16 MiB in float32
-CHUNK = 256
-LEAST = 16  # queries of a chunk: what would be left over goes with the chunk before
 FUSED_WIDTH = 128  # of heads; for wider ones MLX itself takes products rather than its fused kernel
-
-
-@dataclass(frozen=True, slots=True)
-class CausalMask:
-    """Stands for the mask of a layer without being one: causal, and within `window` where that is set.
-
-    Models hand it from `create_attention_mask` to the attention function without looking into it.
-    """
-
-    window: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """Who may attend to whom, beyond causality: all that is known when the step is traced.
-
-    window:   a query sees itself and window − 1 tokens before it
-    lookback: no document reaches further back than this many tokens before the first query of a chunk; None: any
-    firsts:   for each token, the first that it may see in any row; None: not known when the step is traced
-    softcap:  scores become softcap · tanh(score / softcap)
-    chunk:    queries that attend at a time; 0 chooses by shape
-    """
-
-    window: int | None = None
-    lookback: int | None = None
-    firsts: Sequence[int] | None = None
-    softcap: float | None = None
-    chunk: int = 0
 
 
 def attend(
@@ -75,7 +49,7 @@ def attend(
     sinks:    [H], one more score in each softmax that takes probability and gives nothing
     segments: int [B, T]; tokens of different numbers do not see each other
     result:   what this call gave in an earlier forward pass, to be taken instead of computed again: the output, and
-              the logarithm of each softmax's sum [B, H, T, 1] (empty where a fused kernel does not give it)
+              the logarithm of each softmax's sum [B, K, 1, T · G] (empty where a fused kernel does not give it)
     """
 
     narrow = queries.dtype
@@ -100,152 +74,98 @@ class _Call:
     """One call of `attend`, cut into slabs of key heads and chunks of queries."""
 
     def __init__(self, primals: Sequence[mx.array], segments: mx.array | None, scale: float, pattern: Pattern) -> None:
-        queries, keys, values, *sinks = primals
-        self.rows, self.heads, self.length, self.width = queries.shape
-        self.key_heads = keys.shape[1]
-        self.group = self.heads // self.key_heads
-        self.scale, self.pattern, self.segments = scale, pattern, segments
-        self.dtype = queries.dtype
-        self.queries, self.keys, self.values = queries, keys, mx.contiguous(values)
-        self.scaled_keys = mx.contiguous(keys * scale)
-        self.sinks = sinks[0] if sinks else None
-        firsts = pattern.firsts
-        reach = self.length if firsts is None else max(at + 1 - first for at, first in enumerate(firsts))
-        self.chunk = min(self.length, pattern.chunk or self._chunk(reach))
-        one = self.rows * self.group * self.chunk * (self.length if firsts is None else reach + self.chunk)
-        self.slab = max(1, min(self.key_heads, SCORES_AT_A_TIME // one))
+        self.queries, self.keys, self.values, *sinks = primals
+        self.sinks: mx.array | None = sinks[0] if sinks else None
+        rows, heads, length, self.width = self.queries.shape
+        self.key_heads = self.keys.shape[1]
+        self.group = heads // self.key_heads
+        self.scale, self.pattern = scale, pattern
+        self.cut = Cut(pattern, segments, rows, length, SCORES_AT_A_TIME // (rows * self.group))
+        self.chunks = self.cut.chunks()
+        one = rows * self.group * max(chunk.pairs for chunk in self.chunks)
+        self._slab = max(1, min(self.key_heads, SCORES_AT_A_TIME // one))
 
-    def _chunk(self, reach: int) -> int:
-        """A quarter of the queries in a short document (the triangle above the diagonal is saved), fewer where they
-        are long."""
-        room = SCORES_AT_A_TIME // (self.rows * self.group * reach)
-        return max(32, min(CHUNK, room, -(-reach // 4)) // 16 * 16)
-
-    def slabs(self) -> Iterator[tuple[int, int]]:
+    def slabs(self) -> Iterator[Heads]:
         """Ranges of key heads that are computed together."""
-        for start in range(0, self.key_heads, self.slab):
-            yield start, min(start + self.slab, self.key_heads)
+        for start in range(0, self.key_heads, self._slab):
+            yield start, min(start + self._slab, self.key_heads)
 
-    def chunks(self) -> list[tuple[int, int, int]]:
-        """(first key, first query, end of both) of each chunk."""
-        found = []
-        start = 0
-        while start < self.length:
-            end = self._end(start)
-            back = [start]
-            if self.pattern.window is not None:
-                back.append(self.pattern.window - 1)
-            if self.pattern.firsts is not None:
-                back.append(start - self.pattern.firsts[start])
-            elif self.pattern.lookback is not None and self.segments is not None:
-                back.append(self.pattern.lookback)
-            found.append((start - min(back), start, end))
-            start = end
-        return found
+    def beside(self, array: mx.array, factor: float = 1.0) -> mx.array:
+        """`factor` times [B, K · G, T, d], as [B, K, T · G, d]. (The factor as an array: so a CPU is fast.)"""
+        rows, _, length, width = array.shape
+        by_group = array.reshape(rows, self.key_heads, self.group, length, width).swapaxes(2, 3)
+        product = by_group * mx.full((width,), factor, array.dtype)
+        return product.reshape(rows, self.key_heads, length * self.group, width)
 
-    def _end(self, start: int) -> int:
-        """Where the chunk that begins at `start` ends: rather with a document than in the middle of the next."""
-        end = min(start + self.chunk, self.length)
-        firsts = self.pattern.firsts
-        if firsts is not None and end < self.length and firsts[end] > start + self.chunk // 2:
-            end = firsts[end]
-        return end if self.length - end >= LEAST else self.length
+    def apart(self, array: mx.array) -> mx.array:
+        """[B, k, C · G, d] → [B, C, k, G, d], a view: tokens first, as models go on with them."""
+        rows, heads, _, width = array.shape
+        return array.reshape(rows, heads, -1, self.group, width).swapaxes(1, 2)
 
-    def folded(self, queries: mx.array) -> mx.array:
-        """[B, k·G, C, d] → [B, k, G·C, d]: the heads of a group are more rows of one product."""
-        rows, heads, length, width = queries.shape
-        return queries.reshape(rows, heads // self.group, self.group * length, width)
+    def of(self, array: mx.array, heads: Heads, chunk: Chunk) -> mx.array:
+        """What of [B, K, T · G, d] belongs to a chunk's queries."""
+        return array[:, heads[0] : heads[1], chunk.start * self.group : chunk.end * self.group]
 
-    def unfolded(self, folded: mx.array) -> mx.array:
-        """The inverse of `folded`."""
-        rows, heads, length, width = folded.shape
-        return folded.reshape(rows, heads * self.group, length // self.group, width)
-
-    def parts(self, chunk: tuple[int, int, int]) -> list[tuple[int, int, bool]]:
-        """The keys of a chunk in ranges, in order: (first, end, whether some of them are hidden from some queries)."""
-        first, start, end = chunk
-        free = first if self.pattern.window is None else max(first, end - self.pattern.window)
-        known = self.segments is None or self._one_document(start, end)
-        if not known or start - free < end - start:
-            return [(first, end, True)]
-        edge = [(first, free, True)] if first < free else []
-        return [*edge, (free, start, False), (start, end, True)]
-
-    def allowed(self, first: int, last: int, start: int, end: int) -> mx.array:
-        """Which of the keys [first, last) the queries [start, end) may see: bool, broadcasts with [B, 1, C, N]."""
-        query, key = mx.arange(start, end)[:, None], mx.arange(first, last)[None]
-        seen = query >= key
-        window = self.pattern.window
-        if window is not None and end - first > window:
-            seen = seen & (query < key + window)
-        if self.segments is not None and not self._one_document(start, end):
-            same = self.segments[:, None, start:end, None] == self.segments[:, None, None, first:last]
-            seen = seen & same
-        return seen
-
-    def _one_document(self, start: int, end: int) -> bool:
-        """Whether the queries [start, end) are known to be of one document (their keys are then of it too)."""
-        firsts = self.pattern.firsts
-        return firsts is not None and self.rows == 1 and firsts[start] == firsts[end - 1]
-
-    def scores(
-        self, queries: mx.array, heads: tuple[int, int], chunk: tuple[int, int, int], part: tuple[int, int, bool]
-    ) -> tuple[mx.array, mx.array | None]:
-        """Masked scores [B, k, G·C, N] of queries [B, k, G·C, d] for a part of their keys, and the tanh of a
+    def scores(self, queries: mx.array, keys: mx.array, chunk: Chunk, part: Part) -> tuple[mx.array, mx.array | None]:
+        """Masked scores [B, k, N, C · G] of scaled queries [B, k, C · G, d] for a part of their keys, and the tanh of a
         soft-cap."""
-        first, last, masked = part
-        scores = (queries @ self.scaled_keys[:, heads[0] : heads[1], first:last].swapaxes(-1, -2)).astype(mx.float32)
-        rows, count, folded, seen = scores.shape
+        scores = (keys @ queries.swapaxes(-1, -2)).astype(mx.float32)
         capped = None
         if self.pattern.softcap is not None:
             capped = mx.tanh(scores * (1 / self.pattern.softcap))
             scores = capped * self.pattern.softcap
-        if not masked:
-            return scores, capped
-        mask = mx.where(self.allowed(first, last, *chunk[1:]), 0.0, -mx.inf)
-        mask = mask[:, :, None] if mask.ndim == 4 else mask
-        by_head = scores.reshape(rows, count, self.group, folded // self.group, seen)
-        return (by_head + mask).reshape(scores.shape), capped
+        return (scores + self.cut.penalty(chunk, part, self.group) if part.masked else scores), capped
 
-    def sink(self, heads: tuple[int, int], like: mx.array) -> mx.array | None:
-        """The sinks of a slab's heads: [1, k, G·C, 1]."""
+    def sink(self, heads: Heads, chunk: Chunk) -> mx.array | None:
+        """The sinks of a slab's heads, once for each query: [1, k, 1, C · G]."""
         if self.sinks is None:
             return None
         sinks = self.sinks[heads[0] * self.group : heads[1] * self.group].astype(mx.float32)
-        each = mx.repeat(sinks[:, None], like.shape[2] // self.group, axis=1)
-        return each.reshape(1, heads[1] - heads[0], -1, 1)
+        return mx.tile(sinks.reshape(1, heads[1] - heads[0], 1, self.group), (1, 1, 1, chunk.end - chunk.start))
 
-    def normalizer(
-        self, scores: Sequence[mx.array], sink: mx.array | None
-    ) -> tuple[list[mx.array], mx.array, mx.array]:
-        """(exponentials of the scores above their maximum, their sum, logarithm of the sum of all) of each row, whose
-        scores come in parts."""
-        tops = [part.max(axis=-1, keepdims=True) for part in scores]
-        top = reduce(mx.maximum, tops if sink is None else [*tops, sink])
-        powers = [exponential(part - top) for part in scores]
-        total = reduce(mx.add, [part.sum(axis=-1, keepdims=True) for part in powers])
-        total = total if sink is None else total + exponential(sink - top)
-        return powers, total, top + mx.log(total)
+
+def _normalizer(scores: Sequence[mx.array], sink: mx.array | None) -> tuple[list[mx.array], mx.array, mx.array]:
+    """(exponentials of the scores above their maximum, their sum, logarithm of the sum of all) of each query, whose
+    scores come in parts."""
+    tops = [part.max(axis=-2, keepdims=True) for part in scores]
+    top = reduce(mx.maximum, tops if sink is None else [*tops, sink])
+    powers = [exponential(part - top) for part in scores]
+    total = reduce(mx.add, [part.sum(axis=-2, keepdims=True) for part in powers])
+    total = total if sink is None else total + exponential(sink - top)
+    return powers, total, top + mx.log(total)
 
 
 def _forward(call: _Call) -> Result:
     fused = _fused(call)
     if fused is not None:
         return fused, mx.zeros((0,))
+    all_queries, all_keys, all_values = call.beside(call.queries, call.scale), *_dense(call.keys, call.values)
     before: list[mx.array] = []
     slabs: list[mx.array] = []
     logs: list[mx.array] = []
     for heads in call.slabs():
-        parts: list[tuple[mx.array, mx.array]] = []
-        for chunk in call.chunks():
-            queries = call.queries[:, heads[0] * call.group : heads[1] * call.group, chunk[1] : chunk[2]]
+        found: list[tuple[mx.array, mx.array]] = []
+        for chunk in call.chunks:
+            queries = call.of(all_queries, heads, chunk)
             queries = mx.depends(queries, before) if before else queries
-            parts.append(_chunk(call, queries, heads, chunk))
-            settle(*parts[-1])
-            before = [parts[-1][0]]
-        slabs.append(_joined([out for out, _ in parts], 2))
-        logs.append(_joined([log for _, log in parts], 2))
-    return _joined(slabs, 1), _joined(logs, 1)
+            scores, values = [], []
+            for part in chunk.parts:
+                keys, value = (array[:, slice(*heads), part.first : part.end] for array in (all_keys, all_values))
+                scores.append(call.scores(queries, keys, chunk, part)[0])
+                values.append(value)
+            powers, total, log = _normalizer(scores, call.sink(heads, chunk))
+            del scores
+            parts = [power.swapaxes(-1, -2).astype(v.dtype) @ v for power, v in zip(powers, values, strict=True)]
+            del powers
+            out = reduce(mx.add, parts)
+            out = call.apart(out) / call.apart(total.swapaxes(-1, -2)).astype(out.dtype)
+            found.append((out, log))
+            settle(*found[-1])
+            before = [out]
+        slabs.append(_joined([out for out, _ in found], 1))
+        logs.append(_joined([log for _, log in found], -1))
+    out = _joined(slabs, 2)
+    return out.reshape(*out.shape[:2], -1, out.shape[-1]).swapaxes(1, 2), _joined(logs, 1)
 
 
 def _fused(call: _Call) -> mx.array | None:
@@ -262,104 +182,112 @@ def _fused(call: _Call) -> mx.array | None:
         )
 
     try:
-        if call.segments is None and call.pattern.window is None:
+        if call.cut.segments is None and call.pattern.window is None:
             return kernel(call.queries, call.keys, call.values, "causal")
         parts: list[mx.array] = []
-        for first, start, end in call.chunks():
-            queries = call.queries[:, :, start:end]
+        for chunk in call.chunks:
+            queries = call.queries[:, :, chunk.start : chunk.end]
             queries = mx.depends(queries, parts[-1:]) if parts else queries
-            keys, values = call.keys[:, :, first:end], call.values[:, :, first:end]
-            parts.append(kernel(queries, keys, values, call.allowed(first, end, start, end)))
+            keys, values = (array[:, :, chunk.first : chunk.end] for array in (call.keys, call.values))
+            seen = call.cut.penalty(chunk, Part(chunk.first, chunk.end, True)).swapaxes(-1, -2) == 0
+            parts.append(kernel(queries, keys, values, seen))
         return _joined(parts, 2)
     except ValueError:  # no kernel
         return None
 
 
-def _chunk(
-    call: _Call, queries: mx.array, heads: tuple[int, int], chunk: tuple[int, int, int]
-) -> tuple[mx.array, mx.array]:
-    queries, parts = call.folded(queries), call.parts(chunk)
-    scores = [call.scores(queries, heads, chunk, part)[0] for part in parts]
-    powers, total, log = call.normalizer(scores, call.sink(heads, scores[0]))
-    del scores
-    values = [call.values[:, heads[0] : heads[1], first:last] for first, last, _ in parts]
-    out = reduce(mx.add, [power.astype(value.dtype) @ value for power, value in zip(powers, values, strict=True)])
-    return call.unfolded(out / total.astype(out.dtype)), call.unfolded(log)
-
-
 def _backward(call: _Call, cotangent: mx.array, output: mx.array, logs: mx.array) -> tuple[mx.array, ...]:
-    cotangent = mx.contiguous(cotangent)
-    # Σ p · dp of each row, which the softmax's gradient takes away, is the product of the output and its gradient
-    shares = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+    gradients = _Gradients(call, cotangent, output, logs if logs.size else None)
     before: list[mx.array] = []
-    slabs = []
-    for low, high in call.slabs():
-        grads = _SlabGradients(call, low, high, cotangent, shares, logs if logs.size else None)
-        for chunk in reversed(call.chunks()):
-            before = grads.add(chunk, before)
+    for heads in call.slabs():
+        gradients.begin(heads)
+        for chunk in reversed(call.chunks):
+            before = gradients.add(chunk, before)
             settle(*before)
-        slabs.append(grads.joined())
-    joined = [_joined([slab[index] for slab in slabs], 1) for index in range(3)]
-    if call.sinks is not None:
-        joined.append(mx.concatenate([slab[3] for slab in slabs]).astype(call.sinks.dtype))
+        gradients.end()
+    joined = gradients.joined()
     settle(*joined)
-    return tuple(joined)
+    return joined
 
 
-class _SlabGradients:
-    """Gradients of one slab of key heads, gathered from the last chunk of queries to the first.
+class _Gradients:
+    """Gradients gathered slab by slab of key heads, and in each from the last chunk of queries to the first.
 
     Keys behind a chunk's end are done when the chunk is: they are set aside, and what is still open shrinks.
     """
 
-    def __init__(
-        self, call: _Call, low: int, high: int, cotangent: mx.array, shares: mx.array, logs: mx.array | None
-    ) -> None:
-        self._call, self._low, self._high = call, low, high
-        self._cotangent, self._shares, self._logs = cotangent, shares, logs
+    def __init__(self, call: _Call, cotangent: mx.array, output: mx.array, logs: mx.array | None) -> None:
+        self._call, self._logs = call, logs
+        self._all_queries, self._slopes = call.beside(call.queries, call.scale), call.beside(cotangent)
+        self._all_keys, self._all_values = _dense(call.keys, call.values)
+        # Σ p · dp of each query, which the softmax's gradient takes away, is the product of the output and its gradient
+        shares = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
+        self._shares = call.beside(shares).swapaxes(-1, -2)
+        self._slabs: list[list[mx.array]] = []
+
+    def begin(self, heads: Heads) -> None:
+        """What follows belongs to these key heads."""
+        self._heads = heads
         self._queries: list[mx.array] = []
         self._keys, self._values = _Open(), _Open()
         self._sinks: mx.array | None = None
 
-    def add(self, chunk: tuple[int, int, int], before: list[mx.array]) -> list[mx.array]:
+    def add(self, chunk: Chunk, before: list[mx.array]) -> list[mx.array]:
         """Add what the queries of `chunk` give; returns the arrays that the next chunk is to wait for."""
-        call, (_, start, end) = self._call, chunk
-
-        def mine(array: mx.array) -> mx.array:
-            return call.folded(array[:, self._low * call.group : self._high * call.group, start:end])
-
-        heads = self._low, self._high
-        queries = call.queries if not before else mx.depends(call.queries, before)
-        queries, slope, share = mine(queries), mine(self._cotangent), mine(self._shares)
-        parts = call.parts(chunk)
-        scored = [call.scores(queries, heads, chunk, part) for part in parts]
-        sink = call.sink(heads, scored[0][0])
-        log = call.normalizer([scores for scores, _ in scored], sink)[2] if self._logs is None else mine(self._logs)
+        call, heads = self._call, self._heads
+        queries = mx.depends(self._all_queries, before) if before else self._all_queries
+        queries, slope = call.of(queries, heads, chunk), call.of(self._slopes, heads, chunk)
+        share = self._rows_of(self._shares, chunk)
+        keys, values = (
+            [array[:, slice(*heads), part.first : part.end] for part in chunk.parts]
+            for array in (self._all_keys, self._all_values)
+        )
+        scored = [call.scores(queries, key, chunk, part) for key, part in zip(keys, chunk.parts, strict=True)]
+        sink = call.sink(heads, chunk)
+        if self._logs is None:
+            log = _normalizer([scores for scores, _ in scored], sink)[2]
+        else:
+            log = self._rows_of(self._logs, chunk)
         by_queries: list[mx.array] = []
         by_keys: list[mx.array] = []
         by_values: list[mx.array] = []
-        for (low, high, _), (scores, capped) in zip(parts, scored, strict=True):
-            values = call.values[:, self._low : self._high, low:high]
+        for key, value, (scores, capped) in zip(keys, values, scored, strict=True):
             chances = exponential(scores - log)
-            inner = chances * ((slope @ values.swapaxes(-1, -2)).astype(mx.float32) - share)
+            inner = chances * ((value @ slope.swapaxes(-1, -2)).astype(mx.float32) - share)
             if capped is not None:
                 inner = inner * (1 - capped * capped)
-            inner, chances = inner.astype(call.dtype), chances.astype(call.dtype)
-            by_queries.append(inner @ call.scaled_keys[:, self._low : self._high, low:high])
-            by_keys.append(inner.swapaxes(-1, -2) @ queries)
-            by_values.append(chances.swapaxes(-1, -2) @ slope)
-        self._queries.append(call.unfolded(reduce(mx.add, by_queries)))
+            inner, chances = inner.astype(key.dtype), chances.astype(key.dtype)
+            by_queries.append(inner.swapaxes(-1, -2) @ key)
+            by_keys.append(inner @ queries)
+            by_values.append(chances @ slope)
+        by_query = call.apart(reduce(mx.add, by_queries))
+        self._queries.append(by_query * mx.full((by_query.shape[-1],), call.scale, by_query.dtype))
         waits = [self._queries[-1], *self._keys.add(chunk, by_keys), *self._values.add(chunk, by_values)]
         if sink is not None:
-            lost = -(exponential(sink - log) * share).reshape(call.rows, -1, end - start).sum(axis=(0, 2))
+            lost = -(exponential(sink - log) * share).reshape(share.shape[0], share.shape[1], -1, call.group)
+            lost = lost.sum(axis=(0, 2)).reshape(-1)
             self._sinks = lost if self._sinks is None else self._sinks + lost
             waits.append(self._sinks)
         return waits
 
-    def joined(self) -> list[mx.array]:
-        """The gradients of queries, keys and values of these heads, and of their sinks."""
-        found = [_joined(self._queries[::-1], 2), self._keys.joined() * self._call.scale, self._values.joined()]
-        return found if self._sinks is None else [*found, self._sinks]
+    def _rows_of(self, array: mx.array, chunk: Chunk) -> mx.array:
+        """What of [B, K, 1, T · G] belongs to the chunk's queries."""
+        group = self._call.group
+        return array[:, slice(*self._heads), :, chunk.start * group : chunk.end * group]
+
+    def end(self) -> None:
+        """The key heads in hand are done."""
+        found = [_joined(self._queries[::-1], 1), self._keys.joined(), self._values.joined()]
+        self._slabs.append(found if self._sinks is None else [*found, self._sinks])
+
+    def joined(self) -> tuple[mx.array, ...]:
+        """The gradients of queries, keys and values, and of the sinks."""
+        queries, keys, values, *sinks = (
+            _joined(list(parts), axis)
+            for parts, axis in zip(zip(*self._slabs, strict=True), (2, 1, 1, 0), strict=False)
+        )
+        queries = queries.reshape(*queries.shape[:2], -1, queries.shape[-1]).swapaxes(1, 2)
+        return queries, keys, values, *(sink.astype(self._call.queries.dtype) for sink in sinks)
 
 
 class _Open:
@@ -373,10 +301,10 @@ class _Open:
         self._sum: mx.array | None = None  # of the keys from `_first` to the start of the part before
         self._first = 0
 
-    def add(self, chunk: tuple[int, int, int], parts: Sequence[mx.array]) -> list[mx.array]:
+    def add(self, chunk: Chunk, parts: Sequence[mx.array]) -> list[mx.array]:
         """Add what the queries of `chunk` give to its keys, in `parts` of these keys; chunks come without gaps. Returns
         what is new."""
-        first, start, end = chunk
+        first, start, end = chunk.first, chunk.start, chunk.end
         ends = list(accumulate((part.shape[-2] for part in parts), initial=first))
 
         def given(low: int, high: int) -> mx.array:
@@ -407,3 +335,7 @@ class _Open:
 
 def _joined(parts: list[mx.array], axis: int) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+
+
+def _dense(*arrays: mx.array) -> list[mx.array]:
+    return [mx.contiguous(array) for array in arrays]

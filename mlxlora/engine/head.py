@@ -32,10 +32,12 @@ class HiddenScores:
         gradients: bool,
         linear: bool,
         known: Known | None = None,
+        inside: int = 0,
     ) -> None:
+        """`inside`: floats that the hidden state of a token takes in the blocks (see `chunk_length`); 0: not known."""
         self._hidden, self._head, self._learned = hidden, head, learned
         self._vocabulary, self._chunk, self._gradients, self._linear = vocabulary, chunk, gradients, linear
-        self._known = known
+        self._known, self._inside = known, inside
 
     def token_log_probs(self, batch: Batch) -> mx.array:
         """Log-probability of each target: float32 [P], differentiable."""
@@ -57,7 +59,8 @@ class HiddenScores:
         return with_slopes(self._hidden, batch.targets, self._head, self._length(batch), self._linear)
 
     def _length(self, batch: Batch) -> int:
-        return chunk_length(batch.targets.size, self._vocabulary, self._chunk, self._linear)
+        inside = batch.tokens.size * self._inside
+        return chunk_length(batch.targets.size, self._vocabulary, self._chunk, self._linear, inside)
 
 
 class HeadView:
@@ -108,10 +111,11 @@ class HeadView:
                 if key is not None and learned:  # every chunk its own dropout mask
                     set_keys(self._anatomy, [mx.random.split(key, index + 2)[index]])
                 with _unpacked(self._slow, unpacked):
-                    return self._anatomy.logits(rows[None])[0]
+                    return self._anatomy.logits(rows[None]).squeeze(0)  # not [0]: its gradient would be a scatter
 
         learned = [arrays[index] for index in self._indices]
-        return HiddenScores(rows, head, learned, self._vocabulary, self.chunk, gradients, self._linear, known)
+        inside = self._anatomy.width * self._anatomy.dtype.size // mx.float32.size
+        return HiddenScores(rows, head, learned, self._vocabulary, self.chunk, gradients, self._linear, known, inside)
 
 
 def _is_slow(module: nn.Module) -> bool:

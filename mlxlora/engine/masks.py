@@ -24,9 +24,10 @@ import mlx.nn as nn
 
 from mlxlora import mlxlm
 from mlxlora.engine.activations import swiglu
-from mlxlora.engine.attention import CausalMask, Pattern, attend
+from mlxlora.engine.attention import attend
 from mlxlora.engine.device import on_cpu, settles
 from mlxlora.engine.hold import own_class, reads_global, rebound
+from mlxlora.engine.pattern import CausalMask, Pattern
 from mlxlora.engine.rotations import KEPT, Tables, tables
 from mlxlora.engine.structure import PRIVATE
 from mlxlora.engine.tape import current

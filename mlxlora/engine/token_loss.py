@@ -26,6 +26,7 @@ Head = Callable[[mx.array, Sequence[mx.array], int], mx.array]
 Bounds = list[tuple[int, int]]  # of the chunks
 Known = tuple[mx.array, mx.array]  # log-probabilities, and the gradient of each by its hidden state
 LOGITS_AT_A_TIME = 1 << 23  # floats of one chunk's logits: 32 MiB
+INSIDE = 14  # arrays as large as its hidden states that the backward pass of a block takes at least
 
 
 @by_shape
@@ -67,18 +68,25 @@ def _chosen_vjp(primals: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, 
     return by_logits.astype(logits.dtype), mx.zeros_like(targets)
 
 
-def chunk_length(positions: int, vocabulary: int, wanted: int = 0, linear: bool = False) -> int:
-    """Positions whose logits exist at a time.
+def chunk_length(positions: int, vocabulary: int, wanted: int = 0, linear: bool = False, inside: int = 0) -> int:
+    """Positions whose logits exist at a time; at most `wanted`, if that is given.
 
     Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions where the vocabulary is large,
-    many enough for a full product. A `linear` head needs two such arrays, another one four or five.
+    many enough for a full product. A `linear` head needs two such arrays, another one four or five. What they may take
+    in any case: little memory, and as much as the backward pass of a block takes later, of whose hidden states there
+    are `inside` numbers. Chunks are of one size, for each reads all of the head's weight; rather than one more, each
+    may be a quarter longer.
     """
-    if wanted:
-        return min(wanted, positions)
-    arrays = 2 if linear else 4
-    most = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
-    cheap = LOGITS_AT_A_TIME // arrays // vocabulary // 16 * 16
-    return max(1, min(positions, most, max(24, cheap, -(-positions // (5 if linear else 9)))))
+    most, spare = wanted, 0
+    if not wanted:
+        arrays = 2 if linear else 4
+        free = INSIDE * inside // arrays // vocabulary
+        most = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
+        cheap = LOGITS_AT_A_TIME // arrays // vocabulary // 16 * 16
+        most = max(1, free, min(most, max(24, cheap, -(-positions // (5 if linear else 9)))))
+        spare = most // 4
+    count = max(1, -(-(positions - spare) // most))
+    return max(1, -(-positions // count))
 
 
 def token_log_probs(

@@ -8,9 +8,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora.engine import attention
-from mlxlora.engine.attention import Pattern, attend
+from mlxlora.engine import attention, pattern
+from mlxlora.engine.attention import attend
 from mlxlora.engine.masks import layout_of
+from mlxlora.engine.pattern import Pattern
 from tests.machines import pretend_accelerator
 
 HEADS, GROUPS, LENGTH = 4, 2, 70
@@ -35,7 +36,15 @@ def plain(
     return mx.softmax(mx.concatenate([extra, scores], axis=-1), axis=-1)[..., 1:] @ v
 
 
-@pytest.mark.usefixtures("machine")
+@pytest.fixture(params=["whole", "cut"])
+def cuts(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short documents together and all keys of a chunk in one product; or as it is done where they are long."""
+    if request.param == "cut":
+        monkeypatch.setattr(pattern, "APART", 8)
+        monkeypatch.setattr(pattern, "SHORT", 8)
+
+
+@pytest.mark.usefixtures("machine", "cuts")
 @pytest.mark.parametrize(
     ("window", "softcap", "sink", "packed"),
     itertools.product([None, 13], [None, 2.0], [False, True], [False, True]),
@@ -55,11 +64,11 @@ def test_values_and_gradients(window: int | None, softcap: float | None, sink: b
 
     expected = mx.value_and_grad(wanted, argnums=tuple(range(3 + sink)))(q, k, v, *sinks)
     for layout, chunk in itertools.product(layouts, (16, 0, LENGTH)):
-        pattern = Pattern(window, layout.lookback, layout.firsts, softcap, chunk)
+        seen = Pattern(window, layout.lookback, layout.firsts, softcap, chunk)
 
-        def ours(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array, pattern: Pattern = pattern) -> mx.array:
+        def ours(q: mx.array, k: mx.array, v: mx.array, *sinks: mx.array, seen: Pattern = seen) -> mx.array:
             sink = sinks[0] if sinks else None
-            return (attend(q, k, v, scale=0.3, pattern=pattern, sinks=sink, segments=segments)[0] * slope).sum()
+            return (attend(q, k, v, scale=0.3, pattern=seen, sinks=sink, segments=segments)[0] * slope).sum()
 
         found = mx.value_and_grad(ours, argnums=tuple(range(3 + sink)))(q, k, v, *sinks)
         assert found[0].item() == pytest.approx(expected[0].item(), rel=1e-5, abs=1e-4)
@@ -98,7 +107,30 @@ def test_no_scores_of_all_pairs_where_mlx_would_make_them(
     expected = mx.grad(lambda q: plain(q, k, k, None, None, None, None).sum())(q)
     assert float(mx.abs(found - expected).max()) < 1e-5 * float(mx.abs(expected).max())
     assert asked == (["causal"] if kernel and width == 64 else [])
-    assert set(seen) == {16, 22}  # queries of a chunk, the last with what would be left over
-    assert len(seen) == (
-        7 if asked else 14
-    )  # their keys before and on the diagonal; there again unless fused, and back
+    assert seen == [14] * (5 if asked else 10)  # queries of a chunk; there again, unless fused, and back
+
+
+def test_chunks_keep_to_documents_and_skip_what_nobody_sees() -> None:
+    numbers = [0] * 150 + [1] * 240 + [2] * 20 + [3] * 30 + [4] * 410
+    layout = layout_of(mx.array([numbers]), linear=True, chunk=0, traced=False)
+    cut = pattern.Cut(Pattern(firsts=layout.firsts), mx.array([numbers]), 1, len(numbers), 1 << 20)
+    found = [(chunk.first, chunk.start, chunk.end) for chunk in cut.chunks()]
+    assert [end for _, _, end in found] == [start for _, start, _ in found[1:]] + [len(numbers)]
+    whole = [(390, 390, 440)]  # two short documents together
+    assert [chunk for chunk in found if 390 <= chunk[1] < 440] == whole
+    for first, start, end in found:
+        assert len(set(numbers[start:end])) == 1 or (first, start, end) in whole
+        assert first == numbers.index(numbers[start])
+    wanted = sum(numbers.count(n) * (numbers.count(n) + 1) / 2 for n in range(5))
+    assert sum(chunk.pairs for chunk in cut.chunks()) < 1.3 * wanted
+
+
+def test_keys_that_all_queries_see_need_no_mask() -> None:
+    cut = pattern.Cut(Pattern(window=2000, chunk=256), None, 1, 4096, 1 << 20)
+    last = cut.chunks()[-1]
+    parts = [(part.first, part.end, part.masked) for part in last.parts]
+    assert (last.first, last.start, last.end) == (4096 - 256 - 1999, 3840, 4096)
+    assert parts == [(1841, 2096, True), (2096, 3840, False), (3840, 4096, True)]
+    free = cut.penalty(last, pattern.Part(2096, 3840, True))
+    assert float(free.min()) == 0  # which is why they need none
+    assert float(cut.penalty(last, pattern.Part(2095, 3840, True)).min()) < 0

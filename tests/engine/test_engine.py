@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,10 @@ from mlx.utils import tree_unflatten
 
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data import Batch
+from mlxlora.engine import activations
 from mlxlora.engine.config import EngineConfig
 from mlxlora.engine.engine import Engine
+from mlxlora.engine.exponential import exponential
 from mlxlora.engine.masks import Steering, layout_of
 from mlxlora.engine.packing import end_to_end
 from mlxlora.objectives.sft import sft
@@ -255,6 +258,33 @@ def test_live_adapters_are_each_block_s_own(family, tmp_path):
     assert all("attention is of another kind" in note for note in engine.notes)
     found, expected = (one.evaluate(sft, batch)[0].item() for one in (engine, plain))
     assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_block_takes_two_exponentials_of_its_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = tiny.network("llama", num_hidden_layers=3)
+    inject(network, AdapterConfig(rank=2))
+    batch = Batch(mx.array([[3, 4, 5, 6]]), mx.array([0, 1, 2]), mx.array([4, 5, 6]), mx.ones(3))
+    engine = Engine(network, EngineConfig(checkpoint_blocks="products"))
+    engine.value_and_grad(sft, batch)  # made ready
+    taken: list[Any] = []
+    monkeypatch.setattr(activations, "exponential", lambda x, by: (taken.append(x.shape), exponential(x, by))[1])
+    engine.value_and_grad(sft, batch)
+    assert len(taken) == 3 * 2  # there and back
+
+
+def test_the_gradient_of_the_head_is_products_alone(tmp_path: Path) -> None:
+    network = tiny.network("llama")
+    inject(network, AdapterConfig(rank=2))
+    engine = Engine(network)
+    rows = mx.random.normal((4, network.args.hidden_size))
+    view = engine._chain.ends.head  # type: ignore[union-attr]
+    scores = view.scores(rows, True, None)
+    slope = mx.random.normal((4, tiny.VOCABULARY))
+    grads = mx.vjp(lambda rows: scores._head(rows, (), 0), [rows], [slope])[1]
+    mx.export_to_dot(str(tmp_path / "graph"), *grads)
+    drawn = (tmp_path / "graph").read_text()
+    assert "Matmul" in drawn
+    assert "Scatter" not in drawn  # a CPU adds up one number after the other
 
 
 def test_waiting_for_each_block_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,3 +69,21 @@ def test_peak_is_at_most_two_bytes_a_logit(vocabulary: int, linear: bool) -> Non
         )(hidden)
     mx.eval(found)
     assert (mx.get_peak_memory() - before) / (positions * vocabulary) <= 2.0
+
+
+def test_chunks_are_of_one_size() -> None:
+    assert chunk_length(424, 21_704, linear=True) == 212  # of 192 each there would be a third
+    assert chunk_length(1000, 151_936, linear=True) == 48
+    assert chunk_length(0, 1000) == 1
+    for positions in (1, 23, 24, 25, 59, 60, 61, 1000):
+        length = chunk_length(positions, 1000, wanted=24)
+        assert length <= 24  # never more than asked for
+        assert -(-positions // length) == -(-positions // 24)
+
+
+def test_the_loss_may_take_what_a_block_takes() -> None:
+    inside = 2048 * 1024  # tokens in hidden states of a thousand numbers
+    chunk = chunk_length(2048, 151_936, linear=True, inside=inside)
+    assert 90 < chunk < 100
+    assert 2 * 4 * chunk / 2048 <= 2  # bytes a logit
+    assert chunk_length(2048, 151_936, linear=True, wanted=10, inside=inside) == 10

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from mlxlora.data import BatchConfig, collate, plan_epoch
 from mlxlora.data.sample import Sample
-from mlxlora.engine.attention import Pattern, attend
+from mlxlora.engine.attention import attend
 from mlxlora.engine.masks import layout_of
+from mlxlora.engine.pattern import Pattern
 from mlxlora.files import check_safetensors, load_safetensors, save_safetensors
 from mlxlora.training.checkpoint import TrainingState, read_checkpoint, write_checkpoint
 
