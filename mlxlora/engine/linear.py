@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora.adapters import LoRALinear, weights
-from mlxlora.engine.device import on_cpu, settle
+from mlxlora.engine.device import on_cpu, settle, stage
 from mlxlora.engine.hold import own_call, own_class
 
 
@@ -112,7 +112,7 @@ class Group:
             slopes = [cotangents] if isinstance(cotangents, mx.array) else list(cotangents)
             return tuple(self._backward(x, learned, zs, slopes))
 
-        found: Any = products(x, *self.learned())
+        found: Any = products(stage(x), *self.learned())
         return [found] if isinstance(found, mx.array) else list(found)
 
     def _lora(self, index: int) -> LoRALinear:
@@ -155,10 +155,9 @@ class Group:
             together = _beside(narrow)
             grads_a = _split(flat.T @ together, factors)
             total = together @ _beside(factors).T
-        settle(*grads_a, *grads_b, *([] if total is None else [total]))
+        settle(*grads_a, *grads_b)
         for one, slope in zip(self._members, slopes, strict=True):
             total = one.backward(total, slope)
-            settle(total)
         assert total is not None
         pairs = zip(grads_a, grads_b, learned[::2], strict=True)
         found = [array for a, b, like in pairs for array in (a.astype(like.dtype), b)]

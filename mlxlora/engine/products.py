@@ -55,18 +55,6 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
-@mx.custom_function
-def _stage(x: mx.array) -> mx.array:
-    """`x`; in the backward pass, what comes back to here is settled before it goes on."""
-    return x
-
-
-@_stage.vjp
-def _stage_vjp(_: mx.array, cotangent: mx.array, __: mx.array) -> mx.array:
-    settle(cotangent)
-    return cotangent
-
-
 def _staged(module: nn.Module) -> Callable[..., Any]:
     """A norm that parts the backward pass: its gradient is made of many arrays, and so is that of a rotation."""
     inner = (norms.steered(module) if settles() else None) or own_call(module)
@@ -77,7 +65,7 @@ def _staged(module: nn.Module) -> Callable[..., Any]:
         if tape is None or not tape.reading or not isinstance(out, mx.array):
             return out
         settle(out)
-        return _stage(out)
+        return stage(out)
 
     return call
 
