@@ -14,7 +14,7 @@ from mlxlora.adapters.heads import Whole
 from mlxlora.adapters.lora import LoRARouter
 from mlxlora.engine import norms
 from mlxlora.engine.arguments import put_together, take_apart
-from mlxlora.engine.device import settle, settles
+from mlxlora.engine.device import settle, settles, stage
 from mlxlora.engine.hold import Hold, own_call, own_class
 from mlxlora.engine.linear import Group, member
 from mlxlora.engine.slots import Slots

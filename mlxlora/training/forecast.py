@@ -33,6 +33,7 @@ from mlxlora.training.shapes import Shape, computed_of, ladder, synthetic, token
 
 SHORTEST = 16  # tokens of a row
 GROWS = 4096  # tokens of a row whose memory surely grows with their number
+BEYOND = 1.2  # times the longest row that was measured: so far its tokens tell what more of them take
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,16 @@ class Forecaster:
                 return length
             slope = (longer - here) / (further(2 * length) - further(length))
             here, length = longer, 2 * length
-        return int((further(length) + (limit - here) / slope) ** (1 / self.power)) if slope > 0 else length
+        if slope <= 0:
+            return length
+
+        def told() -> int:
+            return int((further(length) + (limit - here) / slope) ** (1 / self.power))
+
+        if told() > length * BEYOND:  # memory does not grow by the same with every token
+            longer = min(told(), 2 * length)
+            slope = max(slope, (peak(longer) - here) / (further(longer) - further(length)))
+        return told()
 
     def _account(self, batch: Batch, gradients: bool) -> Account:
         found = self.engine.account(self.objective, batch, mx.random.key(0), gradients=gradients)
