@@ -140,6 +140,7 @@ def _forward(call: _Call) -> Result:
     if fused is not None:
         return fused, mx.zeros((0,))
     all_queries, all_keys, all_values = call.beside(call.queries, call.scale), *_dense(call.keys, call.values)
+    settle(all_queries, all_keys, all_values)
     before: list[mx.array] = []
     slabs: list[mx.array] = []
     logs: list[mx.array] = []
@@ -223,6 +224,8 @@ class _Gradients:
         # Σ p · dp of each query, which the softmax's gradient takes away, is the product of the output and its gradient
         shares = (cotangent.astype(mx.float32) * output.astype(mx.float32)).sum(axis=-1, keepdims=True)
         self._shares = call.beside(shares).swapaxes(-1, -2)
+        settle(self._all_queries, self._all_keys, self._all_values)
+        settle(self._slopes, self._shares)
         self._slabs: list[list[mx.array]] = []
 
     def begin(self, heads: Heads) -> None:

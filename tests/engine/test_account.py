@@ -71,6 +71,7 @@ def test_a_few_blocks_tell_what_all_take(family: str, adapter: AdapterConfig, gr
 def test_what_all_blocks_share_is_counted_once() -> None:
     """Tables of rotary positions: one pair for the sliding layers, one for the others, whatever their number."""
     small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 64, "sliding_window_pattern": 2}
+    small |= {"num_attention_heads": 1, "num_key_value_heads": 1}  # the tables are large beside what else there is
     network = tiny.network("gemma3", num_hidden_layers=6, **small)
     inject(network, AdapterConfig(rank=4))
     places = mx.arange(0, 300, 100)
@@ -79,7 +80,7 @@ def test_what_all_blocks_share_is_counted_once() -> None:
     engine = Engine(network, EngineConfig(checkpoint_blocks="inputs"))
     found = engine.account(sft, batch, mx.random.key(0))
     assert found is not None
-    assert found.peak == pytest.approx(real(engine, batch), abs=100_000)  # the tables: 307,200
+    assert found.peak == pytest.approx(real(engine, batch), abs=150_000)  # the tables: 460,800
     engine.close()
 
 
