@@ -1,5 +1,6 @@
 """A tokenizer.json that asks for the machine's memory, or contradicts itself, is refused in words."""
 
+import itertools
 import json
 import time
 from pathlib import Path
@@ -98,3 +99,13 @@ def test_a_config_beyond_measure_is_refused_before_the_tokenizer_is_loaded(tmp_p
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3"} | config))
     with pytest.raises(ModelError, match=r"num_hidden_layers: must be a whole number from 0 to 10,000"):
         Tokenizer.load(tmp_path)
+
+
+def test_what_other_threads_do_meanwhile_is_not_the_tokenizer_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their time counts for the process: a model that trains beside would make every tokenizer a slow one."""
+    seconds = itertools.count()
+    monkeypatch.setattr(time, "process_time", lambda: float(next(seconds)))
+    tiny.tokenizer(tmp_path)
+    Tokenizer.load(tmp_path)
