@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,15 @@ def import_gguf(
     Raises FormatError for a malformed file, missing, unknown or misshapen tensors; UnsupportedError for an architecture
     or a tokenizer that cannot be rebuilt, and for number formats that cannot be read. Nothing is written then.
     """
+    with new_directory(out_dir) as scratch:
+        done = write_model(file, scratch, dtype=dtype, dequantize=dequantize, on_progress=on_progress)
+    return replace(done, path=out_dir)
+
+
+def write_model(
+    file: Path, out_dir: Path, *, dtype: Dtype | None, dequantize: bool, on_progress: Progress | None
+) -> ImportedModel:
+    """`import_gguf` into a directory that is there, and that the caller publishes."""
     header = read_header(file)
     refuse_unreadable(header)
     family = read_family(header)
@@ -74,12 +83,11 @@ def import_gguf(
     chosen = dtype or usual_dtype(header)
     entries, settings = plan(weights, chosen, dequantize)
     config = spelled_both_ways({**config, "torch_dtype": chosen} | settings)
-    with new_directory(out_dir) as scratch:
-        notes = write_tokenizer(header, scratch, config)  # refused before much is written
-        write_shards(scratch, entries, on_progress=on_progress)
-        write_json(scratch / "config.json", config)
-        load_network(scratch)
-        Tokenizer.load(scratch)
+    notes = write_tokenizer(header, out_dir, config)  # refused before much is written
+    write_shards(out_dir, entries, on_progress=on_progress)
+    write_json(out_dir / "config.json", config)
+    load_network(out_dir)
+    Tokenizer.load(out_dir)
     kept = sum(entry.name.endswith(".scales") for entry in entries)
     return ImportedModel(out_dir, chosen, len(weights), kept, tuple(notes))
 
@@ -89,7 +97,7 @@ def read(job: ImportJob) -> list[str]:
     options = job.option(GGUFImportOptions)
     if job.model is not None:
         raise ConfigError("A GGUF file holds a whole model, so there is no base: leave out --model.")
-    done = import_gguf(
+    done = write_model(
         the_file(job.source), job.out, dtype=options.dtype, dequantize=options.dequantize, on_progress=job.on_progress
     )
     kept = f"{done.kept} of {done.tensors} tensors kept their quantization." if done.kept else ""

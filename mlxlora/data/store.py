@@ -165,8 +165,9 @@ class Store:
             if key and (found := self.find(key)) is not None:  # another process was faster
                 return found
             raise
+        made = read(target)  # before old entries go: to a clock that has just leapt ahead this one is old, too
         self._prune()
-        return read(target)
+        return made
 
     def _writable(self) -> bool:
         try:

@@ -10,7 +10,7 @@ space.py    room on the disk, before and while writing
 plain.py    values as JSON and YAML know them
 """
 
-from mlxlora.files.archive import extract_zip, zip_members
+from mlxlora.files.archive import zip_members
 from mlxlora.files.manifest import MANIFEST, file_records, wrong_files
 from mlxlora.files.places import refusal_of, refuse_no_directory, refuse_no_page, refuse_unmakeable
 from mlxlora.files.plain import plain
@@ -35,7 +35,6 @@ __all__ = [
     "MANIFEST",
     "SCRATCH",
     "check_safetensors",
-    "extract_zip",
     "file_records",
     "free_space",
     "human_bytes",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import shutil
 import stat
 import struct
 import zipfile
@@ -15,8 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
 from mlxlora.errors import FormatError, InputError, Problem
-from mlxlora.files.publish import new_directory
-from mlxlora.files.space import human_bytes, require_space
+from mlxlora.files.space import human_bytes
 
 MAX_MEMBERS = 10_000
 MAX_BYTES = 20_000_000_000  # unpacked, all members together
@@ -73,21 +71,6 @@ class _Member(io.RawIOBase):
         if not self.closed and hasattr(self, "_file"):
             self._file.close()
         super().close()
-
-
-def extract_zip(path: Path, target: Path, *, max_bytes: int = MAX_BYTES) -> Path:
-    """Unpack a ZIP archive into a new directory, whole or not at all, and return the directory."""
-    with _open(Path(path)) as archive:
-        require_space(
-            target, sum(m.file_size for m in _checked(Path(path), archive, max_bytes)), "the unpacked archive"
-        )
-    with new_directory(target) as scratch:
-        for name, file in zip_members(path, max_bytes=max_bytes):
-            place = scratch.joinpath(*PurePosixPath(name).parts)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            with place.open("xb") as out:
-                shutil.copyfileobj(file, out)
-    return target
 
 
 def _open(path: Path) -> zipfile.ZipFile:

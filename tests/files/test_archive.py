@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlxlora.errors import FormatError
-from mlxlora.files import extract_zip, zip_members
+from mlxlora.files import zip_members
 
 
 def make(path: Path, members: dict[str, bytes]) -> Path:
@@ -17,22 +17,19 @@ def make(path: Path, members: dict[str, bytes]) -> Path:
     return path
 
 
-def test_members_and_extraction(tmp_path: Path) -> None:
+def test_members(tmp_path: Path) -> None:
     path = make(tmp_path / "a.zip", {"train.jsonl": b"{}\n", "deep/valid.jsonl": b"[]\n", "deep/": b""})
     assert {name: file.read() for name, file in zip_members(path)} == {
         "train.jsonl": b"{}\n",
         "deep/valid.jsonl": b"[]\n",
     }
-    extract_zip(path, tmp_path / "out")
-    assert (tmp_path / "out" / "deep" / "valid.jsonl").read_bytes() == b"[]\n"
 
 
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a/../../evil", "a\\..\\evil", "C:/evil", "a\x01b"])
 def test_names_that_leave_the_folder(tmp_path: Path, name: str) -> None:
     path = make(tmp_path / "a.zip", {"fine": b"1", name: b"2"})
     with pytest.raises(FormatError, match="a name"):
-        extract_zip(path, tmp_path / "out")
-    assert [p.name for p in tmp_path.iterdir()] == ["a.zip"]
+        list(zip_members(path))
 
 
 def test_links_twins_and_bombs(tmp_path: Path) -> None:
