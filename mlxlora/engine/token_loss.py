@@ -72,7 +72,7 @@ def chunk_length(positions: int, vocabulary: int, wanted: int = 0, linear: bool 
     """Positions whose logits exist at a time; at most `wanted`, if that is given.
 
     Few enough that the chunk's few arrays stay below 2 bytes per logit of all positions where the vocabulary is large,
-    many enough for a full product. A `linear` head needs two such arrays, another one four or five. What they may take
+    many enough for a full product. A `linear` head needs two such arrays, another one up to five. What they may take
     in any case: little memory, and as much as the backward pass of a block takes later, of whose hidden states there
     are `inside` numbers. Chunks are of one size, for each reads all of the head's weight; rather than one more, each
     may be a quarter longer.
@@ -83,7 +83,7 @@ def chunk_length(positions: int, vocabulary: int, wanted: int = 0, linear: bool 
         free = INSIDE * inside // arrays // vocabulary
         most = max(16, LOGITS_AT_A_TIME // vocabulary // 16 * 16)
         cheap = LOGITS_AT_A_TIME // arrays // vocabulary // 16 * 16
-        most = max(1, free, min(most, max(24, cheap, -(-positions // (5 if linear else 9)))))
+        most = max(1, free, min(most, max(24, cheap, -(-positions // (5 if linear else 11)))))
         spare = most // 4
     count = max(1, -(-(positions - spare) // most))
     return max(1, -(-positions // count))

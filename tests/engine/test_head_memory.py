@@ -21,7 +21,7 @@ SMALL: dict[str, Any] = {"num_hidden_layers": 1, "hidden_size": 32, "intermediat
 
 def made(kind: str, vocabulary: int) -> nn.Module:
     """A model whose head is of that kind."""
-    family = {"scaled": "cohere"}.get(kind, "llama")
+    family = {"scaled": "cohere", "capped": "gemma2"}.get(kind, "llama")
     changes: dict[str, Any] = {"vocab_size": vocabulary}
     if family == "llama":
         changes["tie_word_embeddings"] = kind in ("tied", "tied and learned")
@@ -31,7 +31,7 @@ def made(kind: str, vocabulary: int) -> nn.Module:
     if kind in ("learned", "tied and learned"):
         network.unfreeze()
         return network
-    inject(network, AdapterConfig(rank=2), seed=1)
+    inject(network, AdapterConfig(rank=2, targets=["lm_head"] if kind == "adapted" else []), seed=1)
     reference.awaken(network)
     return network
 
@@ -43,6 +43,8 @@ def made(kind: str, vocabulary: int) -> nn.Module:
         ("quantized", 151_936),
         ("learned", 151_936),
         ("tied and learned", 151_936),
+        ("capped", 151_936),
+        ("adapted", 151_936),
     ],
 )
 def test_peak_is_at_most_two_bytes_a_logit(kind: str, vocabulary: int) -> None:
