@@ -105,7 +105,8 @@ def compete(scenario: Scenario, repeats: int, dtype: str = "float32") -> list[Re
     results: dict[str, Result] = {}
     entrants: dict[str, _Entrant] = {}
     gradients: dict[str, Arrays] = {}
-    rates: list[float] = []  # taken in turn with the steps, for processors do not run at one speed
+    # before and after each step, for no processor runs at one speed
+    rate = product_rate(scenario.hidden, DTYPES[dtype])
     try:
         for name in (*scenario.against, *scenario.ours):
             results[name] = Result(name)
@@ -119,24 +120,23 @@ def compete(scenario: Scenario, repeats: int, dtype: str = "float32") -> list[Re
                 entrants[name] = entrant
         for _ in range(repeats):
             for name, entrant in entrants.items():
-                rates.append(product_rate(scenario.hidden, DTYPES[dtype]))
                 timing = entrant.ask("step")
+                before, rate = rate, product_rate(scenario.hidden, DTYPES[dtype])
                 if isinstance(timing, str):
                     results[name].failure = timing.splitlines()[0][:200]
                 else:
-                    results[name].timings.append(asdict(timing))
+                    seconds = spent(timing.wall, timing.cpu)
+                    share = floor(scenario) / seconds / ((before + rate) / 2)
+                    results[name].timings.append({**asdict(timing), "floor_share": share})
     finally:
         for entrant in entrants.values():
             entrant.end()
     for name, result in results.items():
-        for what in ("wall", "cpu", "memory", "trained"):
+        for what in ("wall", "cpu", "memory", "trained", "floor_share"):
             values = [timing[what] for timing in result.timings]
             if values:
                 setattr(result, what, statistics.median(values))
         _compare(result, next(iter(results.values())), gradients.get(name, {}), next(iter(gradients.values()), {}))
-    if rates:
-        for result in results.values():
-            result.floor_share = floor(scenario) / statistics.median(rates) / spent(result.wall, result.cpu)
     return list(results.values())
 
 
