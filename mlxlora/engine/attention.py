@@ -165,8 +165,7 @@ def _forward(call: _Call) -> Result:
             before = [out]
         slabs.append(_joined([out for out, _ in found], 1))
         logs.append(_joined([log for _, log in found], -1))
-    out = _joined(slabs, 2)
-    return out.reshape(*out.shape[:2], -1, out.shape[-1]).swapaxes(1, 2), _joined(logs, 1)
+    return _heads_first(slabs), _joined(logs, 1)
 
 
 def _fused(call: _Call) -> mx.array | None:
@@ -285,12 +284,9 @@ class _Gradients:
 
     def joined(self) -> tuple[mx.array, ...]:
         """The gradients of queries, keys and values, and of the sinks."""
-        queries, keys, values, *sinks = (
-            _joined(list(parts), axis)
-            for parts, axis in zip(zip(*self._slabs, strict=True), (2, 1, 1, 0), strict=False)
-        )
-        queries = queries.reshape(*queries.shape[:2], -1, queries.shape[-1]).swapaxes(1, 2)
-        return queries, keys, values, *(sink.astype(self._call.queries.dtype) for sink in sinks)
+        queries, keys, values, *sinks = (list(parts) for parts in zip(*self._slabs, strict=True))
+        by_sink = [_joined(parts, 0).astype(self._call.queries.dtype) for parts in sinks]
+        return _heads_first(queries), _joined(keys, 1), _joined(values, 1), *by_sink
 
 
 class _Open:
@@ -338,6 +334,12 @@ class _Open:
 
 def _joined(parts: list[mx.array], axis: int) -> mx.array:
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=axis)
+
+
+def _heads_first(slabs: list[mx.array]) -> mx.array:
+    """[B, T, k, G, d] of each slab → [B, H, T, d], a view."""
+    joined = _joined(slabs, 2)
+    return joined.reshape(*joined.shape[:2], -1, joined.shape[-1]).swapaxes(1, 2)
 
 
 def _dense(*arrays: mx.array) -> list[mx.array]:

@@ -4,7 +4,7 @@
     by x:  (g · weight) · r − x · r³ · mean of (g · weight · x)        g: the gradient by out
 
 r, of one number for a thousand or a hundred, is kept from the forward to the backward pass; x², half of the work, is
-not made again. Means of rows are products with a column, which BLAS does at twice the speed of MLX's sums.
+not made again. Means of rows are products with a column, which BLAS makes faster than MLX its sums.
 """
 
 from __future__ import annotations
