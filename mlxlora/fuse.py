@@ -133,7 +133,7 @@ def fuse(
     scales = adapters.scales
     changed = _settle(language_model, modules)
     files.require_space(out, bytes_of(network.parameters()), "the fused model")
-    with files.new_directory(out) as scratch, files.room_for(out, scratch):
+    with files.new_directory(out) as scratch:
         entries = None if dequantize else _changed_entries(path, modules)
         writing.write_model(scratch, path, network, language_model.config, changed, entries)
         said = ""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from mlxlora.commands import command
 from mlxlora.data.config import SamplesConfig
@@ -19,7 +18,7 @@ from mlxlora.data.problems import Problems, RowError, flags_by_themselves
 from mlxlora.data.reader import FormatReader
 from mlxlora.data.records import ROLES, Completion, Conversation, Message, Question, Record
 from mlxlora.errors import InputError
-from mlxlora.files import refuse_unmakeable, sync
+from mlxlora.files import new_directory, new_file, refuse_unmakeable
 from mlxlora.progress import Progress
 
 Form = Literal["messages", "sharegpt"]
@@ -96,17 +95,16 @@ def convert(
     policy = _RolePolicy(roles)
     problems = Problems()
     done, total, rows = 0, sum(place.size for found in places.values() for place in found), 0
-    with _Files(targets) as files, flags_by_themselves():
-        for split, target in targets.items():
+    with _written(out, targets) as files, flags_by_themselves():
+        for split, file in files.items():
             for place in places[split]:
                 for record in _records(place, config, policy, problems):
-                    files.write(target, as_messages(record) if to == "messages" else as_sharegpt(record))
+                    file.write(as_messages(record) if to == "messages" else as_sharegpt(record))
                     rows += 1
                 done += place.size
                 if on_progress:
                     on_progress("converting", done, total)
         problems.raise_any("Some rows cannot be converted:")
-        files.publish()
     return DataConversion(out, to, rows, tuple(targets.values()), policy.coerced, policy.dropped)
 
 
@@ -232,46 +230,40 @@ def as_sharegpt(conversation: Conversation) -> dict[str, Any]:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Files:
-    """Files that appear together at the end, or not at all."""
+@contextlib.contextmanager
+def _written(out: Path, targets: dict[str, Path]) -> Iterator[dict[str, _Rows]]:
+    """What takes the rows of each split; the files appear at the end, or none of them does."""
+    with contextlib.ExitStack() as published, contextlib.ExitStack() as written:
+        places = {}
+        if out in targets.values() or out.is_dir():  # what else stands in that directory stays
+            for split, target in targets.items():
+                places[split] = published.enter_context(new_file(target, replace=True))
+        else:
+            folder = published.enter_context(new_directory(out))
+            places = {split: folder / target.name for split, target in targets.items()}
+        yield {split: written.enter_context(_Rows(path)) for split, path in places.items()}
 
-    targets: dict[str, Path]
-    _open: dict[Path, tuple[IO[str], Path]] = field(default_factory=dict)
-    _rows: dict[Path, int] = field(default_factory=dict)
 
-    def __enter__(self) -> _Files:
+class _Rows:
+    """A file of rows: one a line, or (*.json) an array of them."""
+
+    def __init__(self, path: Path) -> None:
+        array = path.suffix == ".json"
+        begin, self._between, self._after, self._end = ("[\n", ",\n", "", "\n]\n") if array else ("", "", "\n", "")
+        self._file = path.open("w", encoding="utf-8", newline="\n")
+        self._file.write(begin)
+        self._empty = True
+
+    def __enter__(self) -> _Rows:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for file, scratch in self._open.values():
-            file.close()
-            scratch.unlink(missing_ok=True)
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._file:
+            if kind is None:
+                self._file.write(self._end)
 
-    def write(self, target: Path, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         """Append a row."""
-        if target not in self._open:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=f".{target.name}.tmp-", dir=target.parent)
-            self._open[target] = (os.fdopen(handle, "w", encoding="utf-8", newline="\n"), Path(name))
-        file, _ = self._open[target]
-        count = self._rows.get(target, 0)
-        self._rows[target] = count + 1
-        if target.suffix == ".json":
-            file.write("[\n" if count == 0 else ",\n")
-        file.write(json.dumps(row, ensure_ascii=False))
-        if target.suffix != ".json":
-            file.write("\n")
-
-    def publish(self) -> None:
-        """Rename all of them to their places."""
-        for target, (file, scratch) in self._open.items():
-            if target.suffix == ".json":
-                file.write("\n]\n")
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-            scratch.chmod(0o644)
-        for target, (_, scratch) in self._open.items():
-            scratch.replace(target)
-            sync(target.parent)
+        between = "" if self._empty else self._between
+        self._file.write(between + json.dumps(row, ensure_ascii=False) + self._after)
+        self._empty = False

@@ -28,7 +28,7 @@ from mlxlora.files.publish import (
     write_whole,
 )
 from mlxlora.files.reading import parse_json, read_json, read_text, read_yaml, sha256
-from mlxlora.files.space import free_space, human_bytes, require_space, room_for
+from mlxlora.files.space import free_space, human_bytes, require_space
 from mlxlora.files.tensors import check_safetensors, load_safetensors, save_safetensors
 
 __all__ = [
@@ -53,7 +53,6 @@ __all__ = [
     "refuse_unmakeable",
     "remove_directory",
     "require_space",
-    "room_for",
     "save_safetensors",
     "scratch_directory",
     "sha256",

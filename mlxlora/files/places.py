@@ -59,8 +59,7 @@ def refusal_of(error: OSError) -> MlxLoraError:
     said = f"{error.strerror or error or type(error).__name__}"
     if named is None or isinstance(named, int):
         return MlxLoraError(f"{said}.")
-    path = Path(os.fsdecode(named))
-    path = path.with_name(re.sub(r"^\.(.+)\.tmp-[^.]*$", r"\1", path.name)) if path.name else path
+    path = _meant(Path(os.fsdecode(named)))
     if error.errno not in WRONG_PLACE:
         return MlxLoraError(f"{path}: {said}.")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
@@ -70,3 +69,15 @@ def refusal_of(error: OSError) -> MlxLoraError:
     if error.errno == errno.EISDIR:
         return InputError(f"{path} is a directory. Choose the name of a file.")
     return InputError(f"{path}: {said}. Choose another path, or check its permissions.")
+
+
+def _meant(path: Path) -> Path:
+    """`path` itself, or the place that it becomes, where it is scratch or lies in it."""
+    for number, part in enumerate(path.parts):
+        if scratch := re.fullmatch(r"\.(.+)\.tmp-[^.]*", part):
+            target = Path(*path.parts[:number], scratch[1])
+            below = path.parts[number + 1 :]
+            return target.joinpath(
+                *(below[1:] if below[:1] == (target.name,) else below)
+            )  # a file has its own name there
+    return path

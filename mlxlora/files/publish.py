@@ -1,8 +1,8 @@
 """Files and directories that appear whole or not at all.
 
-Everything that mlxlora publishes goes through `new_directory` or `write_whole`: written beside its place under another
-name, flushed to the disk, then renamed. A directory that replaces another is exchanged with it in one system call where
-the system can (Linux: renameat2, macOS: renamex_np), so that a reader always finds one of the two.
+Everything that mlxlora publishes goes through `new_directory`, `new_file` or `write_whole`: written in a scratch
+directory beside its place, flushed to the disk, then renamed. A directory that replaces another is exchanged with it in
+one system call where the system can (Linux: renameat2, macOS: renamex_np), so a reader always finds one of the two.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ from mlxlora.files.places import refuse_unmakeable
 from mlxlora.files.space import room_for
 from mlxlora.files.tensors import check_safetensors
 
-SCRATCH = ".tmp-"  # in the name of everything that is not published yet
-ABANDONED = 60.0  # seconds after which a scratch file is taken for a dead process's
+SCRATCH = ".tmp-"  # in the name of every directory whose content is not published yet
 
 
 def sync(path: Path) -> None:
@@ -73,30 +71,29 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         raise InputError(f"{target} is not a directory. Remove it first.")
     with scratch_directory(target) as scratch:
         scratch.chmod(0o755)
-        with room_for(target, scratch):
-            yield scratch
-            for file in scratch.rglob("*.safetensors"):
-                check_safetensors(file)
-            sync_tree(scratch)
-            publish(scratch, target)
+        yield scratch
+        for file in scratch.rglob("*.safetensors"):
+            check_safetensors(file)
+        sync_tree(scratch)
+        publish(scratch, target)
 
 
 @contextlib.contextmanager
-def new_file(target: Path) -> Iterator[Path]:
+def new_file(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a path of the same name in a scratch directory; the file written there becomes `target` by rename.
 
-    For files too large for `write_whole`. Raises InputError when `target` exists, DiskFullError when the disk runs
-    full. On any error nothing is left behind.
+    Raises InputError when `target` exists (unless `replace`), DiskFullError when the disk runs full. On any error
+    nothing is left behind, and `target` is as it was.
     """
     target = Path(target)
-    refuse_existing(target)
+    if not replace:
+        refuse_existing(target)
     with scratch_directory(target) as folder:
         path = folder / target.name
-        with room_for(target, path):
-            yield path
-            sync(path)
-            path.rename(target)
-            sync(target.parent)
+        yield path
+        sync(path)
+        path.replace(target)
+        sync(target.parent)
 
 
 @contextlib.contextmanager
@@ -104,13 +101,15 @@ def scratch_directory(target: Path) -> Iterator[Path]:
     """Yield a directory beside `target` for the work on it, gone when the block ends.
 
     A process that is killed leaves its own behind; the next that works on the same target removes it.
+    Raises DiskFullError when the disk runs full.
     """
     target = Path(target)
-    with _place_for(target):
-        sweep_scratch(target.parent, f".{target.name}{SCRATCH}", abandoned=ABANDONED)
+    with room_for(target), _place_for(target):
+        sweep_scratch(target.parent, f".{target.name}{SCRATCH}")
         with _beside(target) as scratch:
             try:
-                yield scratch
+                with room_for(target, scratch):
+                    yield scratch
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 
@@ -182,11 +181,11 @@ def exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) -> list[Path]:
+def sweep_scratch(parent: Path, prefix: str = ".") -> list[Path]:
     """Remove the scratch of dead processes in `parent`, and return what was removed.
 
-    Directories with a living owner (it holds a lock on them) stay, and files that are younger than `abandoned` seconds.
-    A directory that was moved aside and whose successor never came is put back.
+    Directories with a living owner (it holds a lock on them) stay. A directory that was moved aside and whose successor
+    never came is put back.
     """
     removed = []
     for path in sorted(Path(parent).iterdir()):
@@ -204,9 +203,6 @@ def sweep_scratch(parent: Path, prefix: str = ".", *, abandoned: float = 0.0) ->
                     if (path / "old").is_dir() and len(list(path.iterdir())) == 1 and not target.exists():
                         (path / "old").rename(target)
                     remove_directory(path)
-            # a clock that was put back makes nothing young
-            elif abs(time.time() - path.stat().st_mtime) < abandoned:
-                continue
             else:
                 path.unlink()
         except FileNotFoundError:  # another process sweeps here too
@@ -256,24 +252,9 @@ def refuse_existing(target: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file by way of a scratch file and a rename. Raises DiskFullError when the disk runs full."""
-    path = Path(path)
-    data = content.encode("utf-8") if isinstance(content, str) else content
-    with room_for(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sweep_scratch(path.parent, f".{path.name}{SCRATCH}", abandoned=ABANDONED)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}{SCRATCH}", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
-            sync(path.parent)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+    """Write a file, whole or not at all, over what stands there. Raises DiskFullError when the disk runs full."""
+    with new_file(path, replace=True) as scratch:
+        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
 
 
 def write_json(path: Path, value: Any) -> None:

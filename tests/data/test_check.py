@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import resource
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from mlxlora.cli import main
 from mlxlora.data.check import DataCheck, check
 from mlxlora.data.config import SamplesConfig
 from mlxlora.data.show import Piece, Shown, for_terminal
+from mlxlora.files import publish as publishing
 from mlxlora.finetune import finetune
 from mlxlora.terminal import OFF, PARTLY
 from tests import tiny
@@ -220,6 +222,42 @@ def test_convert_does_not_overwrite_by_itself(jsonl: Write, tmp_path: Path, caps
     assert out.read_text() == "mine\n" and "--overwrite" in capsys.readouterr().err
     assert main(["data", "convert", str(path), "--out", str(out), "--overwrite"]) == 0
     assert len(rows_of(out)) == 2
+
+
+def test_convert_publishes_a_directory_at_once_or_adds_to_one(
+    jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jsonl(GOOD[:4], "set/train.jsonl")
+    jsonl([GOOD[4], {"text": "no conversation"}], "set/valid.jsonl")
+    made = tmp_path / "made"
+    assert main(["data", "convert", str(tmp_path / "set"), "--out", str(made)]) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["set"]
+    jsonl(GOOD[4:5], "set/valid.jsonl")
+    made.mkdir()
+    (made / "notes").write_text("mine")
+    (made / ".train.jsonl.tmp-dead").mkdir()  # of a process that was killed
+    assert main(["data", "convert", str(tmp_path / "set"), "--out", str(made)]) == 0
+    assert sorted(path.name for path in made.iterdir()) == ["notes", "train.jsonl", "valid.jsonl"]
+    renamed: list[str] = []
+    monkeypatch.setattr(publishing, "publish", lambda scratch, target: renamed.append(f"{target}"))
+    assert main(["data", "convert", str(tmp_path / "set"), "--out", str(tmp_path / "new")]) == 0
+    assert renamed == [str(tmp_path / "new")]  # both splits by one rename
+
+
+@pytest.mark.parametrize("out", ["out.json", "out.jsonl"])
+def test_convert_to_a_full_disk(
+    out: str, jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(GOOD[:2])
+    (tmp_path / out).write_text("mine")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert main(["data", "convert", str(path), "--out", str(tmp_path / out), "--overwrite"]) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"{out}: the disk ran full" in capsys.readouterr().err
+    assert (tmp_path / out).read_text() == "mine" and len(list(tmp_path.iterdir())) == 2
 
 
 ODD = {

@@ -1,4 +1,4 @@
-"""Every verb that makes a model or an adapter, as one call: what test_kill_verbs.py kills.
+"""Every verb that makes a model, an adapter or a data set, as one call: what test_kill_verbs.py kills.
 
 prepare(place, ["merge", "export --to gguf"])   what these read
 make("merge", place, folder)                    one call, which writes target("merge", folder)
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import tiny
+from tests.faults import session
 
 SIZES: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 2}
 
@@ -62,6 +63,7 @@ INPUTS: dict[str, Callable[[Path], object]] = {
     "mlx-lm": lambda place: exported("mlx-lm")(place, place / "mlx-lm"),
     "model.gguf": lambda place: exported("gguf")(place, place / "model.gguf"),
     "torch": torch_weights,
+    "rows": lambda place: rows(place / "rows"),
 }
 
 
@@ -93,6 +95,19 @@ def convert(place: Path, out: Path, source: str = "model") -> None:
     call(str(place / source), out, quantize=QuantizeConfig(bits=4))
 
 
+def rows(place: Path) -> None:
+    """A data set of two splits."""
+    place.mkdir()
+    for split in ("train", "valid"):
+        session.rows(place / f"{split}.jsonl", count=1500)
+
+
+def data_convert(place: Path, out: Path, source: str = "rows") -> None:
+    from mlxlora.data.convert import convert as call
+
+    call([str(place / source)], out=out, to="sharegpt")
+
+
 def imported(name: str) -> Maker:
     def call(place: Path, out: Path) -> None:
         from mlxlora_convert.export import import_
@@ -108,6 +123,8 @@ MAKERS = {
     "merge": Maker(merge, ("model", "one", "two")),
     "convert": Maker(convert),
     "convert .bin": Maker(partial(convert, source="torch"), ("model", "torch"), "torch"),
+    "data convert": Maker(data_convert, ("rows",)),
+    "data convert --out out.jsonl": Maker(partial(data_convert, source="rows/train.jsonl"), ("rows",)),
     "export --to peft": Maker(exported("peft")),
     "export --to mlx-lm": Maker(exported("mlx-lm")),
     "export --to mlx": Maker(exported("mlx")),
@@ -142,7 +159,9 @@ def prepare(place: Path, names: list[str]) -> Path:
 
 def target(name: str, folder: Path) -> Path:
     """Where a maker writes below `folder`."""
-    return folder / ("out.gguf" if name.startswith("export --to gguf") else "out")
+    if name.startswith("export --to gguf"):
+        return folder / "out.gguf"
+    return folder / ("out.jsonl" if name.endswith(".jsonl") else "out")
 
 
 def make(name: str, place: Path, folder: Path) -> None:

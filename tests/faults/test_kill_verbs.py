@@ -1,4 +1,4 @@
-"""`kill -9` inside verbs that make a model or an adapter: all of it is there or nothing; the next call makes it."""
+"""`kill -9` inside verbs that write: all of it is there or nothing; the next call makes it and clears up."""
 
 import random
 import re
@@ -73,7 +73,7 @@ def kills(folder: Path, names: list[str], each: int, enough: float) -> None:
 
 
 def test_kills_inside_verbs_short(tmp_path: Path) -> None:
-    kills(tmp_path, ["merge", "export --to gguf"], each=1, enough=0)
+    kills(tmp_path, ["merge", "export --to gguf", "data convert", "data convert --out out.jsonl"], each=1, enough=0)
 
 
 @pytest.mark.faults

@@ -57,5 +57,19 @@ def test_whose_fault_it_is_decides_the_exit_code(tmp_path: Path, code: int, exit
     assert str(tmp_path / "target") in str(refusal) and ".tmp-" not in str(refusal)
 
 
+@pytest.mark.parametrize(
+    ("scratch", "meant"),
+    [
+        (".target.tmp-x1y2", "target"),
+        (".rows.jsonl.tmp-x1y2/rows.jsonl", "rows.jsonl"),  # a file has its own name in its scratch
+        (".target.tmp-x1y2/part/rows.jsonl", "target/part/rows.jsonl"),
+        ("a.tmp-b", "a.tmp-b"),
+    ],
+)
+def test_nobody_is_told_of_scratch(tmp_path: Path, scratch: str, meant: str) -> None:
+    said = str(refusal_of(OSError(errno.EIO, "Input/output error", str(tmp_path / scratch))))
+    assert said == f"{tmp_path / meant}: Input/output error."
+
+
 def test_without_a_place_no_other_place_is_advised() -> None:
     assert str(refusal_of(TimeoutError("it took too long"))) == "it took too long."
