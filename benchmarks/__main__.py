@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import Any
 import mlx.core as mx
 
 from benchmarks.arena import DTYPES, Result, compete
-from benchmarks.scenarios import SCENARIOS, Scenario
+from benchmarks.scenarios import SCENARIOS
+from benchmarks.table import header, rows
 
 
 def main() -> int:
-    """Measure, and print one table."""
+    """Measure, and print one table; the files hold what is measured so far."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--only", default=",".join(SCENARIOS), help="names of scenarios, separated by commas")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contestant")
@@ -28,6 +30,7 @@ def main() -> int:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="float32")
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--markdown", type=Path, help="write the table here")
+    parser.add_argument("--read", type=Path, nargs="+", help="measure nothing: the table of what --json wrote before")
     parser.add_argument(
         "--pictures", type=Path, help="write memory against length and vocabulary as PNG to this folder"
     )
@@ -37,21 +40,25 @@ def main() -> int:
     if unknown:
         print(f"no scenario {', '.join(unknown)}; there are {', '.join(SCENARIOS)}", file=sys.stderr)
         return 2
-    lines = [*_header(given.dtype)]
-    measured = {}
-    print("\n".join(lines), flush=True)
+    measured: dict[str, list[Result]] = {}
+    if given.read:
+        measured = _read(given.read)
+        names = [name for name in names if name in measured]
+    lines = header()
+    print("\n".join(lines if given.read else [_said(given.dtype), "", *lines]), flush=True)
     for name in names:
         scenario = SCENARIOS[name].smaller(given.hidden) if given.hidden else SCENARIOS[name]
-        results = compete(scenario, given.repeats, given.dtype)
-        measured[name] = [asdict(result) for result in results]
-        rows = [_row(scenario, result, results[0]) for result in results]
-        print("\n".join(rows), flush=True)
-        lines += rows
-    if given.json:
-        found = {"machine": _machine(given.dtype), "scenarios": measured}
-        given.json.write_text(json.dumps(_sayable(found), indent=1, allow_nan=False) + "\n")
-    if given.markdown:
-        given.markdown.write_text("\n".join(lines) + "\n")
+        if name not in measured:
+            measured[name] = compete(scenario, given.repeats, given.dtype)
+        made = rows(scenario, measured[name])
+        print("\n".join(made), flush=True)
+        lines += made
+        if given.json and not given.read:  # after each scenario, for the next may take the machine with it
+            plain = {name: [asdict(result) for result in results] for name, results in measured.items()}
+            found = {"machine": _machine(given.dtype), "scenarios": plain}
+            given.json.write_text(json.dumps(_sayable(found), indent=1, allow_nan=False) + "\n")
+        if given.markdown:
+            given.markdown.write_text("\n".join(lines) + "\n")
     if given.pictures:
         from benchmarks.pictures import draw
 
@@ -70,29 +77,18 @@ def _machine(dtype: str) -> dict[str, str]:
     }
 
 
-def _header(dtype: str) -> list[str]:
-    machine = ", ".join(f"{key} {value}" for key, value in _machine(dtype).items())
-    return [
-        f"{machine}. Speed and memory are ratios to the first row of each scenario, in the same run.",
-        "",
-        "| scenario | contestant | speed (processor time) | speed (clock) | memory above the weights | of the floor "
-        "| loss | Δ loss | Δ gradients |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+def _said(dtype: str) -> str:
+    return ", ".join(f"{key} {value}" for key, value in _machine(dtype).items())
 
 
-def _row(scenario: Scenario, result: Result, first: Result) -> str:
-    if result.failure:
-        return f"| {scenario.title} | {result.name} | {result.failure} | | | | | | |"
-    per_token = first.trained / result.trained if scenario.samples else 1.0
-    speed = first.cpu / result.cpu / per_token
-    clock = first.wall / result.wall / per_token
-    memory = f"{result.memory / 1e6:,.0f} MB (1/{first.memory / result.memory:.1f})"
-    return (
-        f"| {scenario.title} | {result.name} | {speed:.2f} | {clock:.2f} | {memory} | {result.floor_share:.0%} "
-        f"| {_number(result.loss, '.6f')} | {_number(result.loss_error, '.0e')} "
-        f"| {_number(result.gradient_error, '.0e')} |"
-    )
+def _read(files: Iterable[Path]) -> dict[str, list[Result]]:
+    """What several runs found; of a scenario that was measured in more than one, the last."""
+    measured = {}
+    for file in files:
+        for name, results in json.loads(file.read_text())["scenarios"].items():
+            known = [{key: value for key, value in result.items() if value is not None} for result in results]
+            measured[name] = [Result(**result) for result in known]
+    return measured
 
 
 def _sayable(value: Any) -> Any:
@@ -102,10 +98,6 @@ def _sayable(value: Any) -> Any:
     if isinstance(value, list):
         return [_sayable(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _number(value: float, form: str) -> str:
-    return "" if math.isnan(value) else format(value, form)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,20 +12,30 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.contestants import Timing, enter, measure
-from benchmarks.resident import forget_peak, peak, resident
-from benchmarks.scenarios import PEFT, RANK, Arrays, LeftOut, Scenario
+from benchmarks.contestants import enter, measure
+from benchmarks.resident import give_back
+from benchmarks.scenarios import RANK, Arrays, LeftOut, Scenario
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+# What a process may hold while others have their turn. All wait side by side, and libc keeps what a step freed; given
+# back, it costs the next step page faults. So little steps keep theirs, and those that fill the machine do not.
+IDLE = 3 * 10**9
 
 
 @dataclass
 class Result:
-    """What one contestant did in a scenario: medians, and how far its numbers are from the first contestant's."""
+    """What one contestant did in a scenario: medians, and how far its numbers are from the reference's.
+
+    seconds:     of wall and cpu, what counts on this device
+    memory:      bytes above the weights
+    trained:     weight of the tokens trained on in those seconds
+    floor_share: of the machine's rate of products, for the arithmetic that cannot be left out
+    """
 
     name: str
     wall: float = float("nan")
     cpu: float = float("nan")
+    seconds: float = float("nan")
     memory: float = float("nan")
     trained: float = float("nan")
     loss: float = float("nan")
@@ -43,9 +50,14 @@ def _serve(connection: Connection, name: str, scenario: Scenario, dtype: str) ->
     """The loop of a contestant's process."""
     try:
         contestant = enter(name, scenario, DTYPES[dtype])
-        connection.send(contestant.answer())
+        answer: Any = contestant.answer()
+        give_back(IDLE)
+        connection.send(answer)
         while connection.recv() == "step":
-            connection.send(_measure_torch(contestant) if name == PEFT else measure(contestant))
+            timing = measure(contestant)
+            mx.clear_cache()
+            give_back(IDLE)
+            connection.send(timing)
     except ImportError as missing:
         connection.send(f"left out: {missing.name} is not installed")
     except LeftOut as reason:
@@ -54,32 +66,12 @@ def _serve(connection: Connection, name: str, scenario: Scenario, dtype: str) ->
         connection.send(f"{type(failure).__name__}: {failure}")
 
 
-def _measure_torch(contestant: Any) -> Timing:
-    before = resident()
-    forget_peak()
-    wall, cpu = time.perf_counter(), time.process_time()
-    trained = contestant.step()
-    return Timing(time.perf_counter() - wall, time.process_time() - cpu, peak() - before, trained)
-
-
-@contextmanager
-def _usual_malloc() -> Iterator[None]:
-    """Processes that start meanwhile give memory back as libc has it, so that what a process grows by is what it
-    needs."""
-    settings = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("MALLOC_")}
-    try:
-        yield
-    finally:
-        os.environ.update(settings)
-
-
 class _Entrant:
     def __init__(self, name: str, scenario: Scenario, dtype: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, name, scenario, dtype), daemon=True)
-        with _usual_malloc() if name == PEFT else nullcontext():
-            self.process.start()
+        self.process.start()
         theirs.close()
 
     def take(self) -> Any:
@@ -108,7 +100,7 @@ def compete(scenario: Scenario, repeats: int, dtype: str = "float32") -> list[Re
     # before and after each step, for no processor runs at one speed
     rate = product_rate(scenario.hidden, DTYPES[dtype])
     try:
-        for name in (*scenario.against, *scenario.ours):
+        for name in scenario.entrants:
             results[name] = Result(name)
             entrant = _Entrant(name, scenario, dtype)
             answer = entrant.take()
@@ -116,27 +108,33 @@ def compete(scenario: Scenario, repeats: int, dtype: str = "float32") -> list[Re
                 results[name].failure = answer.splitlines()[0][:200]
                 entrant.end()
             else:
-                results[name].loss, gradients[name] = answer
+                results[name].loss, found = answer
+                if found:
+                    gradients[name] = found
                 entrants[name] = entrant
         for _ in range(repeats):
-            for name, entrant in entrants.items():
+            for name, entrant in list(entrants.items()):
                 timing = entrant.ask("step")
                 before, rate = rate, product_rate(scenario.hidden, DTYPES[dtype])
                 if isinstance(timing, str):
                     results[name].failure = timing.splitlines()[0][:200]
+                    entrants.pop(name).end()
                 else:
                     seconds = spent(timing.wall, timing.cpu)
-                    share = floor(scenario) / seconds / ((before + rate) / 2)
-                    results[name].timings.append({**asdict(timing), "floor_share": share})
+                    needed = floor(scenario) * timing.trained / scenario.trained
+                    share = needed / seconds / ((before + rate) / 2)
+                    results[name].timings.append({**asdict(timing), "seconds": seconds, "floor_share": share})
     finally:
         for entrant in entrants.values():
             entrant.end()
+    reference = next(iter(gradients), "")
     for name, result in results.items():
-        for what in ("wall", "cpu", "memory", "trained", "floor_share"):
+        for what in ("wall", "cpu", "seconds", "memory", "trained", "floor_share"):
             values = [timing[what] for timing in result.timings]
             if values:
                 setattr(result, what, statistics.median(values))
-        _compare(result, next(iter(results.values())), gradients.get(name, {}), next(iter(gradients.values()), {}))
+        if name in gradients and name != reference:
+            _compare(result, results[reference], gradients[name], gradients[reference])
     return list(results.values())
 
 
@@ -145,18 +143,17 @@ def spent(wall: float, cpu: float) -> float:
     return cpu if mx.default_device().type == mx.cpu else wall
 
 
-def _compare(result: Result, first: Result, found: Arrays, expected: Arrays) -> None:
-    result.loss_error = abs(result.loss - first.loss) / abs(first.loss)
-    if expected and found:
-        largest = max(float(np.linalg.norm(array)) for array in expected.values())
-        result.gradient_error = max(
-            float(np.linalg.norm(found[name] - array)) / max(float(np.linalg.norm(array)), 1e-3 * largest)
-            for name, array in expected.items()
-        )
+def _compare(result: Result, reference: Result, found: Arrays, expected: Arrays) -> None:
+    result.loss_error = abs(result.loss - reference.loss) / abs(reference.loss)
+    largest = max(float(np.linalg.norm(array)) for array in expected.values())
+    result.gradient_error = max(
+        float(np.linalg.norm(found[name] - array)) / max(float(np.linalg.norm(array)), 1e-3 * largest)
+        for name, array in expected.items()
+    )
 
 
 def floor(scenario: Scenario) -> float:
-    """FLOPs that a step cannot do without, in the blocks that carry adapters and in the head.
+    """FLOPs that training once on all samples cannot do without, in the blocks that carry adapters and in the head.
 
     A frozen matrix takes 2 per weight and token forward and 2 for the gradient of its input; an adapter's two matrices
     2 more for their own gradients. A query and a key that it sees take 4 per dimension forward and 8 for the gradients.
@@ -168,9 +165,8 @@ def floor(scenario: Scenario) -> float:
     sides += [(hidden, wide), (hidden, wide), (wide, hidden)]
     products = sum(4.0 * a * b + 6.0 * RANK * (a + b) for a, b in sides)
     pairs = sum(length * (length + 1) / 2 for length in scenario.lengths)
-    trained = sum(length - max(1, round(length * scenario.prompt)) for length in scenario.lengths)
     blocks = products * sum(scenario.lengths) + 12.0 * 128 * heads * pairs
-    return (scenario.last or scenario.layers) * blocks + 4.0 * hidden * scenario.vocabulary * trained
+    return (scenario.last or scenario.layers) * blocks + 4.0 * hidden * scenario.vocabulary * scenario.trained
 
 
 def product_rate(width: int, dtype: mx.Dtype) -> float:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -14,7 +16,21 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from benchmarks.scenarios import CHECKPOINT, PEFT, SHIPPED, STEP, Arrays, Scenario, network, padded, samples
+from benchmarks.scenarios import (
+    CHECKPOINT,
+    INPUTS,
+    PEFT_CHECKPOINT,
+    ROW,
+    SHIPPED,
+    STEP,
+    TORCH,
+    TRAINER,
+    Arrays,
+    Scenario,
+    network,
+    padded,
+    samples,
+)
 from benchmarks.torch_peft import TorchPeft
 from mlxlora import mlxlm
 from mlxlora.engine import Engine, EngineConfig
@@ -23,7 +39,7 @@ from mlxlora.objectives import sft
 from mlxlora.parameters import flat, number
 
 EPOCHS, KEPT = 2.0, 4 * 10**9  # where only upper blocks learn, steps are those of the second epoch; bytes in memory
-BATCH, TOKENS = 4, 1536  # of an optimizer step where trainers run: samples for theirs, tokens for ours
+TOKENS = 1536  # of an optimizer step of this project's trainer; a longer sample makes a batch by itself
 
 
 @dataclass(frozen=True)
@@ -37,25 +53,27 @@ class Timing:
 
 
 class Contestant(Protocol):
-    """One way of computing the scenario's step."""
+    """One way of training on the scenario's samples: a step, or a trainer's run over all of them."""
 
     def answer(self) -> tuple[float, Arrays]:
-        """Loss per token and gradients of the adapters; also warms up."""
+        """Loss per token and gradients of the adapters (a trainer has none to show); also warms up."""
         ...
 
     def step(self) -> float:
-        """One step (or one run over all samples); returns the weight of the tokens trained on."""
+        """One step, or one run; returns the weight of the tokens trained on."""
         ...
 
 
 def measure(contestant: Contestant) -> Timing:
-    """Time one step on MLX."""
+    """Time one step or run, and count its memory: each library counts its own."""
     mx.clear_cache()
     resident = mx.get_active_memory()
     mx.reset_peak_memory()
     wall, cpu = time.perf_counter(), time.process_time()
     trained = contestant.step()
-    return Timing(time.perf_counter() - wall, time.process_time() - cpu, mx.get_peak_memory() - resident, trained)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    memory = contestant.peak if isinstance(contestant, TorchPeft) else mx.get_peak_memory() - resident
+    return Timing(wall, cpu, memory, trained)
 
 
 class Ours:
@@ -78,21 +96,22 @@ class Ours:
         return float(self._batch.targets.size)
 
 
-class OurRun:
+class OurTrainer:
     """This project's engine, batches and optimizer over all samples of a scenario."""
 
-    def __init__(self, scenario: Scenario, grade: CheckpointBlocks, dtype: mx.Dtype) -> None:
+    def __init__(self, scenario: Scenario, dtype: mx.Dtype) -> None:
         from mlxlora.data.batches import plan_epoch
         from mlxlora.data.config import BatchConfig
-        from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 
         self._network = network(scenario, dtype)
-        self._engine = Engine(self._network, EngineConfig(checkpoint_blocks=grade))
+        self._engine = Engine(self._network, EngineConfig(checkpoint_blocks="products"))
+        self._engine.keep_frozen(sum(scenario.lengths), EPOCHS, KEPT)
         self._samples = samples(scenario)
-        lengths = np.array([len(sample.tokens) for sample in self._samples], np.int32)
-        self._plan = plan_epoch(lengths, BatchConfig(tokens_per_batch=TOKENS), seed=0, epoch=0)
-        self._optimizer = Optimizer(OptimizerConfig(), steps=100)
-        self._optimizer.init(flat(self._network.trainable_parameters()))
+        lengths = np.array(scenario.lengths, np.int32)
+        # packed, so that samples of any lengths make one batch where mlx-lm makes one
+        batches = BatchConfig(tokens_per_batch=TOKENS, packing=True, max_length=TOKENS)
+        epochs = [plan_epoch(lengths, batches, seed=0, epoch=epoch) for epoch in range(scenario.passes)]
+        self._plan = [planned for epoch in epochs for planned in epoch]
 
     def answer(self) -> tuple[float, Arrays]:
         self.step()
@@ -100,13 +119,15 @@ class OurRun:
 
     def step(self) -> float:
         from mlxlora.data.batches import collate
+        from mlxlora.training.optimizer import Optimizer, OptimizerConfig
 
-        trained = 0.0
+        optimizer, trained = Optimizer(OptimizerConfig(), steps=len(self._plan)), 0.0
+        optimizer.init(flat(self._network.trainable_parameters()))
         for step, planned in enumerate(self._plan):
             batch = collate(self._samples, planned)
             total, count, _, grads = self._engine.value_and_grad(sft, batch)
             parameters = flat(self._network.trainable_parameters())
-            new, _, _ = self._optimizer.update(parameters, flat(grads), total, count, step)
+            new, _, _ = optimizer.update(parameters, flat(grads), total, count, step)
             self._network.load_weights(list(new.items()), strict=False)
             mx.async_eval(new, total)
             trained += float(np.sum([self._samples[i].weights.sum() for i in planned.samples]))
@@ -152,7 +173,7 @@ class MlxLmTrainer:
     """mlx-lm's trainer as it ships: its batches, its step, its optimizer, over all samples of a scenario."""
 
     def __init__(self, scenario: Scenario, dtype: mx.Dtype) -> None:
-        self._network, self._samples = network(scenario, dtype), samples(scenario)
+        self._scenario, self._network, self._samples = scenario, network(scenario, dtype), samples(scenario)
 
     def answer(self) -> tuple[float, Arrays]:
         self.step()
@@ -162,7 +183,7 @@ class MlxLmTrainer:
         import mlx.optimizers as optimizers
 
         trainer, datasets = mlxlm.module("tuner.trainer"), mlxlm.module("tuner.datasets")
-        made = self._samples
+        made, scenario, counted = self._samples, self._scenario, [0.0]
 
         class Rows:
             """Rows as mlx-lm's chat data set has them; it sorts by the length of a row, a dict of one entry."""
@@ -177,15 +198,24 @@ class MlxLmTrainer:
                 sample = made[row["messages"]]
                 return sample.tokens.tolist(), int(np.flatnonzero(sample.weights)[0])
 
-        with TemporaryDirectory() as directory:
+        class Count(mlxlm.module("tuner.callbacks").TrainingCallback):  # type: ignore[misc]
+            """What it says it trained on."""
+
+            def on_train_loss_report(self, report: dict[str, Any]) -> None:
+                counted[0] = report["trained_tokens"]
+
+        with TemporaryDirectory() as directory, redirect_stdout(StringIO()):
             arguments = trainer.TrainingArgs(
-                batch_size=BATCH, iters=len(made) // BATCH, steps_per_report=10**9, steps_per_save=10**9,
+                batch_size=scenario.batch, iters=scenario.passes * len(made) // scenario.batch,
+                max_seq_length=max(scenario.lengths) + ROW + 1,  # it would cut longer ones off
+                steps_per_report=10**9, steps_per_save=10**9,
                 adapter_file=str(Path(directory) / "adapters.safetensors"),
             )  # fmt: skip
             trainer.train(
-                self._network, optimizers.Adam(learning_rate=1e-5), datasets.CacheDataset(Rows()), args=arguments
-            )
-        return float(sum(sample.weights.sum() for sample in made))
+                self._network, optimizers.Adam(learning_rate=1e-5), datasets.CacheDataset(Rows()), args=arguments,
+                training_callback=Count(),
+            )  # fmt: skip
+        return counted[0] - scenario.passes * len(made)  # it counts, and learns, one pad token after each sample
 
 
 def gradients(grads: Any) -> Arrays:
@@ -199,7 +229,8 @@ def enter(name: str, scenario: Scenario, dtype: mx.Dtype) -> Contestant:
         return MlxLmStep(scenario, name == CHECKPOINT, dtype)
     if name == SHIPPED:
         return MlxLmTrainer(scenario, dtype)
-    if name == PEFT:
-        return TorchPeft(scenario, dtype)
-    grade: CheckpointBlocks = "inputs" if name.endswith("inputs") else "products"
-    return OurRun(scenario, grade, dtype) if scenario.samples else Ours(scenario, grade, dtype)
+    if name in TORCH:
+        return TorchPeft(scenario, name == PEFT_CHECKPOINT, dtype)
+    if name == TRAINER:
+        return OurTrainer(scenario, dtype)
+    return Ours(scenario, "inputs" if name == INPUTS else "products", dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.arena import compete
-from benchmarks.scenarios import STEP, Scenario
+from benchmarks.scenarios import INPUTS, PRODUCTS, STEP, Scenario
 
 LENGTHS = (1024, 2048, 4096, 8192, 16_384, 32_768)
 VOCABULARIES = (8_192, 32_000, 65_536, 151_936, 262_144)
@@ -29,7 +29,7 @@ def _plot(path: Path, label: str, thousand: int, found: dict[str, list[tuple[int
 
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for contestant, points in found.items():
-        axes.plot(*zip(*points, strict=True), marker="o", label=contestant.replace("ours", "mlxlora,"))
+        axes.plot(*zip(*points, strict=True), marker="o", label=contestant.replace("`", ""))
     axes.set(xscale="log", yscale="log", xlabel=label, ylabel="peak above the weights, MB")
     axes.set_xticks(sorted({point for points in found.values() for point, _ in points}))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / thousand:.0f}k")
@@ -51,11 +51,11 @@ def _sweep(scenarios: list[Scenario], points: list[int]) -> dict[str, list[tuple
 
 
 def _long(length: int) -> Scenario:
-    against = (STEP,) if length <= LARGEST_PLAIN else ()
-    return Scenario("length", f"{length:,} tokens", (length,), hidden=64, layers=2, vocabulary=1024, against=against)
+    entrants = (STEP, PRODUCTS, INPUTS) if length <= LARGEST_PLAIN else (PRODUCTS, INPUTS)
+    title = f"{length:,} tokens"
+    return Scenario("length", title, (length,), hidden=64, layers=2, vocabulary=1024, entrants=entrants)
 
 
 def _wide(size: int) -> Scenario:
-    return Scenario(
-        "vocabulary", f"vocabulary {size:,}", (128,) * 2, hidden=64, layers=2, vocabulary=size, against=(STEP,)
-    )
+    entrants, title = (STEP, PRODUCTS, INPUTS), f"vocabulary {size:,}"
+    return Scenario("vocabulary", title, (128,) * 2, hidden=64, layers=2, vocabulary=size, entrants=entrants)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 
@@ -18,6 +19,13 @@ def peak() -> int:
 def forget_peak() -> None:
     """Let the peak start again from now (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def give_back(above: int) -> None:
+    """Let the system have what was freed in this process, where it holds more than `above` bytes (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None and resident() > above:
+        trim(0)
 
 
 def _status(field: str) -> int:

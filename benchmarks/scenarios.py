@@ -15,12 +15,13 @@ from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.data.sample import Batch, Sample
 
 Arrays = dict[str, npt.NDArray[np.float32]]
-# contestants, in the order of the table
-OURS = ("ours products", "ours inputs")
 RANK = 8  # of all adapters
 ROW = 32  # mlx-lm pads rows to multiples of this; all contestants of a step get the same rows
-STEP, CHECKPOINT, SHIPPED, PEFT = "mlx-lm step", "mlx-lm grad_checkpoint", "mlx-lm trainer", "PyTorch + PEFT"
-ALL = (STEP, CHECKPOINT, PEFT)  # a quantized base and mlx-lm's experts are not PyTorch's
+BATCH = 4  # samples of an optimizer step of mlx-lm's trainer, where there are so many
+# contestants, by the names that the table has for them and in its order
+MLX_LM = SHIPPED, STEP, CHECKPOINT = "mlx-lm trainer", "mlx-lm step", "mlx-lm `grad_checkpoint`"
+TORCH = PEFT, PEFT_CHECKPOINT = "PyTorch + PEFT", "PyTorch + PEFT, checkpointing"
+OURS = TRAINER, PRODUCTS, INPUTS = "mlxlora trainer, `products`", "mlxlora, `products`", "mlxlora, `inputs`"
 
 
 class LeftOut(Exception):
@@ -36,8 +37,8 @@ class Scenario:
     last:     adapters on the last so many blocks only; 0 for all
     bits:     quantization of the base; 0 for none
     experts:  experts of each block (2 are chosen); 0 for a dense model
-    samples:  samples of a whole run, for the scenario that compares trainers; 0 for single steps
-    against:  who else runs
+    passes:   how often the whole trainers go through the samples in one measured run
+    entrants: who takes part; a quantized base and mlx-lm's experts are not PyTorch's
     """
 
     name: str
@@ -50,9 +51,27 @@ class Scenario:
     last: int = 0
     bits: int = 0
     experts: int = 0
-    samples: int = 0
-    against: tuple[str, ...] = (STEP, CHECKPOINT)
-    ours: tuple[str, ...] = OURS
+    passes: int = 4  # what a trainer does once a run should be little of it
+    entrants: tuple[str, ...] = (*MLX_LM, *TORCH, *OURS)
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for samples of which mlx-lm's trainer would leave some out."""
+        if len(self.lengths) % self.batch:
+            raise ValueError(f"{len(self.lengths)} samples are no whole number of batches of {self.batch}")
+
+    @property
+    def batch(self) -> int:
+        """Samples of an optimizer step of mlx-lm's trainer."""
+        return min(BATCH, len(self.lengths))
+
+    @property
+    def trained(self) -> int:
+        """Tokens with weight."""
+        return sum(length - self.asked(length) for length in self.lengths)
+
+    def asked(self, length: int) -> int:
+        """Tokens at the start of a sample of this length that carry no weight."""
+        return max(1, round(length * self.prompt))
 
     def smaller(self, hidden: int) -> Scenario:
         """The same with another width of the model."""
@@ -70,25 +89,25 @@ SCENARIOS = {
     scenario.name: scenario
     for scenario in (
         Scenario(
-            "trainers", "chat data, whole trainers", chat_lengths(24), samples=24, against=(SHIPPED,),
-            ours=("ours products",),
+            "trainers", "chat data, whole trainers", chat_lengths(24), passes=1, entrants=(SHIPPED, TRAINER)
         ),
-        Scenario("chat", "chat batch, prompts masked", (150, 240, 260, 410), against=ALL),
-        Scenario("text", "full-loss text", (256,) * 4, prompt=0.0, against=ALL),
+        Scenario("chat", "chat batch, prompts masked", (150, 240, 260, 410)),
+        Scenario("text", "full-loss text", (256,) * 4, prompt=0.0),
+        Scenario("vocabulary", "vocabulary 151,936", (100, 150, 110, 200), hidden=256, vocabulary=151_936),
+        Scenario("4k", "one sample of 4,096 tokens", (4096,), hidden=256, vocabulary=5_426),
         Scenario(
-            "vocabulary", "vocabulary 151,936", (100, 150, 110, 200), hidden=256, layers=4, vocabulary=151_936,
-            against=ALL,
-        ),
-        Scenario("4k", "one sample of 4,096 tokens", (4096,), hidden=256, layers=4, vocabulary=5_426, against=ALL),
-        Scenario(
-            "16k", "one sample of 16,384 tokens", (16_384,), hidden=128, layers=2, vocabulary=2_713, against=(STEP,)
+            "16k", "one sample of 16,384 tokens", (16_384,), hidden=128, layers=2, vocabulary=2_713, passes=1,
+            entrants=(SHIPPED, STEP, *TORCH, *OURS),
         ),
         Scenario(
             "last-quarter", "LoRA on the last quarter, second epoch", (150, 240, 260, 410), hidden=512, layers=8,
-            last=2, against=(STEP, PEFT), ours=("ours products",),
+            last=2, entrants=(SHIPPED, STEP, *TORCH, TRAINER, PRODUCTS),
         ),
-        Scenario("4-bit", "4-bit base", (60, 90), hidden=256, layers=4, vocabulary=5_426, bits=4),
-        Scenario("moe", "mixture of experts", (100, 150, 110, 200), hidden=256, layers=4, vocabulary=5_426, experts=8),
+        Scenario("4-bit", "4-bit base", (60, 90), hidden=256, vocabulary=5_426, bits=4, entrants=(*MLX_LM, *OURS)),
+        Scenario(
+            "moe", "mixture of experts", (100, 150, 110, 200), hidden=256, vocabulary=5_426, experts=8,
+            entrants=(*MLX_LM, *OURS),
+        ),
     )
 }  # fmt: skip
 
@@ -145,7 +164,7 @@ def samples(scenario: Scenario) -> list[Sample]:
     random = np.random.default_rng(0)
     made = []
     for number, length in enumerate(scenario.lengths):
-        weights = (np.arange(length) >= max(1, round(length * scenario.prompt))).astype(np.float32)
+        weights = (np.arange(length) >= scenario.asked(length)).astype(np.float32)
         tokens = random.integers(1, scenario.vocabulary, length).astype(np.int32)
         made.append(Sample(tokens, weights, f"sample {number}"))
     return made

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -12,9 +14,9 @@ from mlxlora.parameters import flat
 
 
 class TorchPeft:
-    """transformers' model under PEFT's LoRA, loss of the weighted tokens, float32."""
+    """transformers' model under PEFT's LoRA, loss of the weighted tokens, float32; with or without checkpointing."""
 
-    def __init__(self, scenario: Scenario, dtype: mx.Dtype) -> None:
+    def __init__(self, scenario: Scenario, checkpoint: bool, dtype: mx.Dtype) -> None:
         if mx.default_device().type != mx.cpu or dtype != mx.float32:
             raise LeftOut("left out: it is compared on a CPU in float32 alone")
         import torch
@@ -42,6 +44,10 @@ class TorchPeft:
                     state[path] = torch.from_numpy(np.array(array).T.copy())
         peft.load_state_dict(state, strict=False)
         self._model = peft.train()
+        if checkpoint:
+            # after PEFT, which would otherwise have it compute the gradient of the embeddings, too: only the reentrant
+            # way needs that
+            model.activation_checkpointing_enable({"use_reentrant": False})
         batch = padded(samples(scenario))
         self._tokens = torch.from_numpy(np.array(batch.tokens)).long()
         self._places = torch.from_numpy(np.array(batch.loss_positions)).long()
@@ -69,3 +75,26 @@ class TorchPeft:
     def step(self) -> float:
         self._run()
         return float(self._targets.numel())
+
+    @cached_property
+    def peak(self) -> int:
+        """Bytes above the weights that a step takes: one by itself, for counting slows it."""
+        self._model.zero_grad(set_to_none=True)
+        return allocated(self._run)
+
+
+def allocated(run: Callable[[], object]) -> int:
+    """The most bytes that PyTorch has allocated at once within a call, as its profiler counts them.
+
+    What the process grows by would be no measure: libc keeps what was freed before and gives it out again.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most
