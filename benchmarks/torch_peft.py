@@ -45,9 +45,10 @@ class TorchPeft:
         peft.load_state_dict(state, strict=False)
         self._model = peft.train()
         if checkpoint:
-            # after PEFT, which would otherwise have it compute the gradient of the embeddings, too: only the reentrant
-            # way needs that
             model.activation_checkpointing_enable({"use_reentrant": False})
+            # As it comes, it also asks for the gradient of the embeddings, hence of all frozen blocks below an adapter.
+            # Only the reentrant way needs that; without, the last quarter takes half the time.
+            model.disable_input_require_grads()
         batch = padded(samples(scenario))
         self._tokens = torch.from_numpy(np.array(batch.tokens)).long()
         self._places = torch.from_numpy(np.array(batch.loss_positions)).long()
