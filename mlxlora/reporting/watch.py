@@ -48,11 +48,14 @@ class FinetuneResult:
     notices: list[str]
     rows_given: bool = False
     """whether the data was rows in Python, which no command can name"""
+    moved: bool = False
+    """whether its directory was renamed while it wrote to it: `run` is where it stands now"""
 
     def __str__(self) -> str:
+        same = f"the same {'call' if self.rows_given else 'command'}{' with its new place' if self.moved else ''}"
         why = {
             "done": "finished",
-            "stopped": f"stopped and saved; the same {'call' if self.rows_given else 'command'} goes on from here",
+            "stopped": f"stopped and saved; {same} goes on from here",
             "patience": "finished: validation stopped getting better",
             "target_loss": "finished: the target loss is reached",
             "max_minutes": "finished: the time is up",
@@ -66,9 +69,11 @@ class FinetuneResult:
         if self.reason != "stopped":
             lines += ["", f"next: {command('chat', model=self.model, adapter=self.run)}"]
         elif self.rows_given:
-            lines += ["", "next: the same call of `finetune`, with the same rows"]
+            there = f", and out={str(self.run)!r}" if self.moved else ""
+            lines += ["", f"next: the same call of `finetune`, with the same rows{there}"]
         else:
-            lines += ["", f"next: {command('train', config=self.run / 'config.yaml')}"]
+            place = {"out": self.run} if self.moved else {}  # config.yaml names the place where the run began
+            lines += ["", f"next: {command('train', config=self.run / 'config.yaml', **place)}"]
         return "\n".join(lines)
 
     def example(self) -> list[str]:
@@ -90,6 +95,7 @@ class Watch:
         self, run: RunDirectory, on_event: Callable[[Event], None] | None, begin: Callable[[], Sequence[Tracker]]
     ) -> None:
         self.run, self.on_event, self.begin = run, on_event, begin
+        self.begun_at = self.place = run.path
         self.trackers: Sequence[Tracker] | None = None
         self.history = History()
         self.notices: list[str] = []
@@ -112,6 +118,10 @@ class Watch:
         if self.trackers is None:
             self.trackers = self.begin()
             self.history = History.of(self.run.metrics_path)  # of the parts of the run before this one
+        self.run.follow()
+        if self.run.path != self.place:
+            self.notices.append(f"{self.place} was moved to {self.run.path}: the run goes on there")
+            self.place = self.run.path
         step = event.step
         if isinstance(event, Data):  # what is foretold comes first, then what is to be said of it
             self.pass_on(event)
@@ -123,13 +133,12 @@ class Watch:
 
     def pass_on(self, event: Event) -> None:
         """Hand one event to everybody who listens. Raises TrainingError where the run's directory is gone."""
-        self.run.require_itself()
         if not isinstance(event, Checkpoint):
-            self.history.add(append(self.run.metrics_path, event))
+            self.history.add(self.run.written(lambda: append(self.run.metrics_path, event)))
         if isinstance(event, Finished):
             self.finished = event
         if isinstance(event, Validation | Finished):
-            report_of(self.run.path, self.history)
+            self.run.written(lambda: report_of(self.run.path, self.history))
         for tracker in self.trackers or ():
             tracker(event)
         if self.on_event:
@@ -155,6 +164,7 @@ class Watch:
             said=said(self.history.looks),
             notices=self.notices,
             rows_given=rows_given,
+            moved=run.path != self.begun_at,
         )
         if finished.reason != "stopped":
             run.finish(plain(result))

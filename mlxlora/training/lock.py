@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import socket
+import sys
 import time
 import weakref
 from pathlib import Path
@@ -22,6 +23,7 @@ class RunLock:
     def __init__(self, path: Path, handle: int, created: bool) -> None:
         self.path = path
         self._handle: int | None = handle
+        self._directory = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)  # known by this when its name has changed
         self._created = created
         _held.add(self)
         _close_in_children()
@@ -73,20 +75,37 @@ class RunLock:
         """The directory has been written to: `release` leaves it."""
         self._created = False
 
+    def place(self) -> Path | None:
+        """Where the locked directory stands by now; None where it was removed, or the system does not tell."""
+        if self._stands_at(self.path.parent):
+            return self.path.parent
+        named = _name_of(self._directory)
+        if named is None or not self._stands_at(named):
+            return None
+        self.path = named / ".lock"
+        return named
+
+    def _stands_at(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._directory), path.stat())
+        except OSError:
+            return False
+
     def release(self) -> None:
         """Let go. A directory that was made for the lock, and is empty again, is removed."""
         if self._handle is None:
             return
-        with contextlib.suppress(OSError):
-            self.path.unlink(missing_ok=True)  # before the lock is given up: nobody else's file is removed
-        if self._created:
+        if directory := self.place():  # else another run may stand there
             with contextlib.suppress(OSError):
-                self.path.parent.rmdir()
-        os.close(self._handle)
-        self._handle = None
+                self.path.unlink(missing_ok=True)  # before the lock is given up: nobody else's file is removed
+            if self._created:
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
+        self._forget()
 
     def _forget(self) -> None:
         if self._handle is not None:
+            os.close(self._directory)
             os.close(self._handle)
             self._handle = None
 
@@ -96,6 +115,15 @@ def _in_use(directory: Path, owner: str) -> RunError:
         f"{directory} is in use: {owner or 'another process'} trains in it."
         " Wait for it, stop it, or choose another --out."
     )
+
+
+def _name_of(handle: int) -> Path | None:
+    """The path of an open directory, as the system knows it; to be checked."""
+    with contextlib.suppress(OSError):
+        if sys.platform == "darwin":
+            return Path(os.fsdecode(fcntl.fcntl(handle, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0")))
+        return Path(f"/proc/self/fd/{handle}").readlink()
+    return None
 
 
 def _same_file(handle: int, path: Path) -> bool:

@@ -19,9 +19,10 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from mlxlora.errors import DiskFullError, FormatError, Problem, RunError, TrainingError
 from mlxlora.files import (
@@ -48,6 +49,7 @@ from mlxlora.training.stored import (
 )
 
 AdapterWriter = Callable[[Path], None]
+T = TypeVar("T")
 STEP = re.compile(r"step-(\d{7,})")
 HEADERS = 1_000_000  # bytes; what a save takes beside its tensors, generously
 
@@ -171,14 +173,29 @@ class RunDirectory:
             self._lock.keep_directory()
         write_whole(self.path / "config.yaml", text)
 
-    def require_itself(self) -> None:
-        """Raise TrainingError when the directory was removed or renamed since the run began: nothing is made anew
-        where it stood."""
-        if not (self.path / "run.json").exists():
+    def follow(self) -> None:
+        """Go after the directory where it was renamed since. Raises TrainingError when it was removed: nothing is made
+        anew where it stood."""
+        place = self._lock.place()
+        if place is None or not (place / "run.json").exists():
             raise TrainingError(
-                f"{self.path} is gone: it was removed or renamed while the run wrote to it, so the run ends here and "
-                "nothing is left of it. Run the same command again to begin anew."
+                f"{self.path} is no longer there: it was deleted, or moved to another disk, while the run wrote to it."
+                " So the run ends here, and nothing is made anew in its place. Where it was moved, what had been saved"
+                " is in it: the same command with its new place as --out goes on from there."
             )
+        self.path = place
+
+    def written(self, write: Callable[[], T]) -> T:
+        """What `write` returns, which writes into `path`; once more where that was renamed in the meantime."""
+        while True:
+            self.follow()
+            before = self.path
+            try:
+                return write()
+            except FileNotFoundError:
+                self.follow()
+                if self.path == before:
+                    raise
 
     def _write_record(self, **more: Any) -> None:
         record = {"format": 1, "identity": self._identity, "saved": self._saved, "finished": False}
@@ -262,7 +279,9 @@ class RunDirectory:
             raise ValueError(f"keep: expected at least 1, found {keep}")
         if not self._begun:
             raise RuntimeError("write_config comes before the first save")
-        self.require_itself()
+        return self.written(partial(self._save, state, adapter_writer, best, keep))
+
+    def _save(self, state: TrainingState, adapter_writer: AdapterWriter, best: bool, keep: int) -> Path:
         adapter = bytes_of(state.adapter)
         self._require(state.nbytes + (2 if best else 1) * adapter + 3 * HEADERS, f"the checkpoint of step {state.step}")
         target = self.path / "checkpoints" / f"step-{state.step:07d}"
@@ -295,5 +314,4 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Mark the run finished: it is not trained on or overwritten by accident from now on."""
-        self.require_itself()
-        self._write_record(finished=True, summary=summary)
+        self.written(lambda: self._write_record(finished=True, summary=summary))
