@@ -2,6 +2,6 @@
 
 import sys
 
-from mlxlora.cli import main
+from mlxlora.cli import command
 
-sys.exit(main())
+sys.exit(command())

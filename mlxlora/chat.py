@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TextIO
 
 from mlxlora.dialogue import Dialogue
-from mlxlora.errors import MlxLoraError
+from mlxlora.errors import MlxLoraError, Signalled
 from mlxlora.generate import SamplingConfig
 from mlxlora.model import load
 from mlxlora.terminal import visible
@@ -83,8 +84,15 @@ def _typed() -> Iterator[str]:
         except EOFError:
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as error:
+            refuse_others(error)
             print("\n(/exit or Ctrl-D leaves)", file=sys.stderr)
+
+
+def refuse_others(error: KeyboardInterrupt) -> None:
+    """Raise it again unless it is Ctrl-C, which alone is meant for an answer and not for the program."""
+    if isinstance(error, Signalled) and error.signum != signal.SIGINT:
+        raise error
 
 
 def converse(dialogue: Dialogue, lines: Iterable[str], out: TextIO, err: TextIO) -> None:
@@ -110,7 +118,8 @@ def _answer(dialogue: Dialogue, line: str, out: TextIO, err: TextIO) -> None:
         for piece in answer:
             print(visible(piece) if out.isatty() else piece, end="", file=out, flush=True)
         print(file=out)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        refuse_others(error)
         print("\n(stopped)", file=err)
     finally:
         if hasattr(answer, "close"):

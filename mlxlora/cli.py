@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 wrong input or usage, 128 + n stopped by signal 
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -13,9 +14,10 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
-from mlxlora.errors import ConfigError, Interrupted, MlxLoraError, nearest
+from mlxlora.errors import ConfigError, Interrupted, MlxLoraError, Signalled, nearest
 from mlxlora.files import plain, refusal_of
 from mlxlora.terminal import visible, visible_result
 from mlxlora.version import __version__
@@ -60,6 +62,23 @@ VERBS: dict[str, Verb] = {
 """In the order in which a person meets them. A verb of two words (`data check`) is found by both."""
 
 
+def command() -> int:
+    """What the shell calls: `main` in a process of its own, which signals end in good order."""
+    from mlxlora.training.events import heeded
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        raise Signalled(signum)
+
+    numbers = heeded()
+    for number in numbers:
+        signal.signal(number, end)
+    code = main()
+    for number in numbers:  # it is done, and its exit code says so
+        signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # else the interpreter goes through all that was loaded once more before it ends: half a second
+    return code
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
@@ -74,9 +93,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        number = error.signum if isinstance(error, Signalled) else signal.SIGINT
+        print("interrupted" if number == signal.SIGINT else f"stopped by {number.name}", file=sys.stderr)
+        return 128 + number
     except BrokenPipeError:
         sys.stderr.close()
         return 1

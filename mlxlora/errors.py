@@ -12,6 +12,7 @@
     ├── DiskFullError            exit code 1: the disk has not the room; nothing half written
     ├── TrainingError            exit code 1: a run that had to stop (not a number, out of memory, disk full)
     └── Interrupted              exit code 128 + signal; the run is saved
+    Signalled                    exit code 128 + signal; a KeyboardInterrupt, at once
 
 A message says what was given, where, why it is refused and what to do. Problems of one kind are collected and raised
 once: see `Problem` and `InputError.of`.
@@ -111,6 +112,18 @@ class Interrupted(MlxLoraError):
     def __init__(self, message: str, signum: int = signal.SIGINT) -> None:
         super().__init__(message)
         self.exit_code = 128 + int(signum)
+
+
+class Signalled(KeyboardInterrupt):
+    """A signal that ends a command at once: no error, so that nothing on its way takes it for one.
+
+    A class of its own, for CPython ends itself by SIGINT, whatever the exit code, once a plain KeyboardInterrupt has
+    passed through `exec()`, such as that of an import.
+    """
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signal.Signals(signum)
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

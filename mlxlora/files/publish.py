@@ -13,9 +13,9 @@ import errno
 import fcntl
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,23 +106,32 @@ def scratch_directory(target: Path) -> Iterator[Path]:
     target = Path(target)
     with room_for(target), _place_for(target):
         sweep_scratch(target.parent, f".{target.name}{SCRATCH}")
-        with _beside(target) as scratch:
-            try:
-                with room_for(target, scratch):
-                    yield scratch
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+        with _beside(target) as scratch, room_for(target, scratch):
+            yield scratch
 
 
 @contextlib.contextmanager
 def _beside(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, locked, which says to others that it has a living owner."""
+    """A new directory beside `target`, gone at the end; it is locked, which says to others that its owner lives."""
     while True:
-        made = Path(tempfile.mkdtemp(prefix=f".{target.name}{SCRATCH}", dir=target.parent))
-        with _locked(made, wait=True) as held:
-            if held and made.exists():  # else somebody swept it before it was locked
-                yield made
-                return
+        # named before it is made, so that a signal that comes just then leaves nothing behind
+        made = target.with_name(f".{target.name}{SCRATCH}{secrets.token_hex(6)}")
+        try:
+            made.mkdir(mode=0o700)
+            with _locked(made, wait=True) as held:
+                if held and made.exists():  # else somebody swept it before it was locked
+                    yield made
+                    return
+        finally:
+            _clear(made, target)
+
+
+def _clear(scratch: Path, target: Path) -> None:
+    """Remove a scratch directory; where `target` was moved aside into it and nothing came in its place, put it back."""
+    old = scratch / "old"
+    if old.is_dir() and not target.exists() and len(list(scratch.iterdir())) == 1:
+        old.rename(target)
+    shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -146,16 +155,11 @@ def publish(scratch: Path, target: Path) -> None:
             sync(target.parent)
             return
         # No exchange on this file system: for the time between two renames the old one stands under
-        # `.target.tmp-…/old`, from where `sweep_scratch` brings it back should the process die just then.
+        # `.target.tmp-…/old`, from where `_clear` brings it back, be it that of the next who works on this target.
         with _beside(target) as aside:
             target.rename(aside / "old")
-            try:
-                scratch.rename(target)
-            except BaseException:
-                (aside / "old").rename(target)
-                raise
+            scratch.rename(target)
             sync(target.parent)
-            shutil.rmtree(aside, ignore_errors=True)
     else:
         scratch.rename(target)  # an empty directory is replaced by the rename itself
         sync(target.parent)
@@ -199,10 +203,7 @@ def sweep_scratch(parent: Path, prefix: str = ".") -> list[Path]:
                 with _locked(path, wait=False) as held:
                     if not held:
                         continue
-                    target = path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0])
-                    if (path / "old").is_dir() and len(list(path.iterdir())) == 1 and not target.exists():
-                        (path / "old").rename(target)
-                    remove_directory(path)
+                    _clear(path, path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0]))
             else:
                 path.unlink()
         except FileNotFoundError:  # another process sweeps here too
@@ -233,12 +234,8 @@ def _locked(directory: Path, *, wait: bool) -> Iterator[bool]:
 def remove_directory(path: Path) -> None:
     """Remove a published directory so that nobody sees it half removed: renamed to scratch, then deleted."""
     path = Path(path)
-    if SCRATCH in path.name:
-        shutil.rmtree(path, ignore_errors=True)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}{SCRATCH}", dir=path.parent))
-    path.rename(aside / "removed")
-    shutil.rmtree(aside, ignore_errors=True)
+    with _beside(path) as aside:
+        path.rename(aside / "removed")
 
 
 def refuse_existing(target: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal, TypeAlias
 
+from mlxlora.errors import Signalled
+
 
 @dataclass(frozen=True, slots=True)
 class Data:
@@ -154,6 +156,12 @@ class Finished:
 Event: TypeAlias = Data | Samples | Started | Step | Validation | Checkpoint | Notice | Finished
 
 
+def heeded() -> list[signal.Signals]:
+    """The signals that end a command, but those that this process was told to ignore when it began."""
+    ending = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in ending if signal.getsignal(number) != signal.SIG_IGN]
+
+
 class Control:
     """The reins of a run: safe to use from a callback, another thread or a signal handler."""
 
@@ -183,10 +191,9 @@ class Control:
     def signals(self) -> Iterator[None]:
         """Within the block, SIGINT, SIGTERM and SIGHUP stop the run after its step, and save it.
 
-        A second one, or one before the first step, raises KeyboardInterrupt at once.
+        A second one, or one before the first step, raises Signalled at once. One that whoever began the process had it
+        ignore (`nohup`) stays ignored.
         """
-        names = ("SIGINT", "SIGTERM", "SIGHUP")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -195,9 +202,9 @@ class Control:
             at_once = self.stopping or not self.running
             self.stop(signum)
             if at_once:
-                raise KeyboardInterrupt
+                raise Signalled(signum)
 
-        before = {number: signal.signal(number, handle) for number in numbers}
+        before = {number: signal.signal(number, handle) for number in heeded()}
         try:
             yield
         finally:

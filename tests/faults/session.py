@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import signal
 import sys
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -72,17 +74,20 @@ def flags(model: Path, data: Path, out: Path, options: dict[str, Any]) -> list[s
     return words
 
 
-def command(words: list[str], said: Path) -> None:
-    """`mlxlora WORDS`, with what it says in the file `said`."""
+def command(words: list[str], said: Path, ignored: Sequence[signal.Signals] = ()) -> None:
+    """`mlxlora WORDS`, with what it says in the file `said`, begun with some signals `ignored`."""
     import os
 
-    from mlxlora.cli import main
+    from mlxlora.cli import command
 
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # the tests themselves may ignore some
+        signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    sys.exit(main(words))
+    sys.argv[1:] = words
+    sys.exit(command())
 
 
 def start(model: Path, data: Path, out: Path, options: dict[str, Any]) -> BaseProcess:

@@ -1,17 +1,25 @@
-"""Signals: a checkpoint within one step, exit code 128 + n, and the same command goes on; a second stops at once."""
+"""Signals: a checkpoint within one step, exit code 128 + n, and the same command goes on; a second stops at once.
+
+Verbs that do not train end at once, and leave nothing behind.
+"""
 
 import contextlib
+import io
 import json
 import os
 import random
 import shutil
 import signal
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mlxlora.chat import converse
+from mlxlora.errors import Signalled
 from mlxlora.files import sha256
 from mlxlora.training.events import Control, Event, Step
 from tests import tiny
@@ -35,12 +43,12 @@ def newest(out: Path) -> int:
 
 
 def interrupt(
-    place: Path, out: Path, numbers: list[signal.Signals], after: int, options: dict[str, Any], pause: float = 0.005
-) -> int:
+    place: Path, out: Path, numbers: list[signal.Signals], after: int, options: dict[str, Any], pause: float = 0.005,
+    ignored: Sequence[signal.Signals] = (),
+) -> int:  # fmt: skip
     """Send signals once `after` steps are reported, `pause` seconds between two. Returns the exit code."""
-    process = session.begin(
-        session.command, session.flags(place / "model", place / "data.jsonl", out, options), out.with_suffix(".said")
-    )
+    words = session.flags(place / "model", place / "data.jsonl", out, options)
+    process = session.begin(session.command, words, out.with_suffix(".said"), ignored)
     assert process.pid is not None
     until = time.monotonic() + 120
     while session.steps(out) < after and process.exitcode is None:
@@ -142,6 +150,48 @@ def test_a_stop_does_not_wait_for_a_validation_and_the_run_ends_the_same(place: 
     for name in ("adapter", "best"):
         files = [place / run / name / "adapters.safetensors" for run in ("stopped", "calm")]
         assert sha256(files[0]) == sha256(files[1])
+
+
+def test_what_nohup_has_ignored_stays_ignored(place: Path) -> None:
+    """The terminal was closed; another signal still stops the run."""
+    out = place / "nohup"
+    numbers = [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM]
+    assert interrupt(place, out, numbers, after=3, options=LONG, ignored=[signal.SIGHUP]) == 128 + signal.SIGTERM
+    assert "stopped and saved" in out.with_suffix(".said").read_text()
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_other_verbs_end_at_once_and_clear_up(place: Path, number: signal.Signals) -> None:
+    work, said = place / f"export-{number.name}", place / f"export-{number.name}.said"
+    work.mkdir()
+    words = ["export", "--model", place / "model", "--to", "gguf", "--out", work / "out.gguf"]
+    process = session.begin(session.command, list(map(str, words)), said)
+    while process.exitcode is None and not list(work.iterdir()):
+        time.sleep(0.001)
+    assert process.pid is not None
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 128 + number, said.read_text()
+    last = said.read_text().splitlines()[-1]
+    assert last == ("interrupted" if number == signal.SIGINT else f"stopped by {number.name}")
+    assert not list(work.iterdir())
+
+
+def test_only_ctrl_c_is_meant_for_an_answer() -> None:
+    """In a conversation it stops the answer; the others end the program."""
+    said = io.StringIO()
+    dialogue: Any = SimpleNamespace(say=lambda line: answer())
+
+    def answer() -> Iterator[str]:
+        yield "so far"
+        raise Signalled(number)
+
+    number = signal.SIGINT
+    converse(dialogue, ["one", "two"], said, said)
+    assert said.getvalue().count("so far\n(stopped)") == 2
+    number = signal.SIGTERM
+    with pytest.raises(Signalled, match="SIGTERM"):
+        converse(dialogue, ["one"], said, said)
 
 
 def test_the_python_api_installs_no_handlers(place: Path) -> None:

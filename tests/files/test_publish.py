@@ -1,6 +1,5 @@
 """Directories and files appear whole or not at all."""
 
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import pytest
 
 import mlxlora.files.publish as publishing
-from mlxlora.errors import DiskFullError, FormatError, InputError
+from mlxlora.errors import DiskFullError, FormatError, InputError, Signalled
 from mlxlora.files import new_directory, new_file, require_space, scratch_directory, sweep_scratch, write_whole
 
 
@@ -116,19 +115,60 @@ def test_scratch_of_the_dead_is_swept_and_of_the_living_kept(tmp_path: Path) -> 
 
 
 def test_scratch_that_is_swept_before_its_lock_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    make = tempfile.mkdtemp
-    made: list[str] = []
+    make = Path.mkdir
+    made: list[Path] = []
 
-    def swept(**options: Any) -> str:
-        made.append(make(**options))
+    def swept(path: Path, *arguments: Any, **options: Any) -> None:
+        make(path, *arguments, **options)
+        if ".tmp-" not in path.name:
+            return
+        made.append(path)
         if len(made) == 1:  # another process comes by just then
-            assert [str(path) for path in sweep_scratch(tmp_path)] == made
-        return made[-1]
+            assert sweep_scratch(tmp_path) == made
 
-    monkeypatch.setattr(tempfile, "mkdtemp", swept)
+    monkeypatch.setattr(Path, "mkdir", swept)
     with new_directory(tmp_path / "out") as scratch:
         (scratch / "a").write_text("1")
     assert content(tmp_path / "out") == {"a": "1"} and len(made) == 2
+
+
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_signal_at_any_call_leaves_the_old_or_the_new_and_nothing_else(
+    exchanges: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is raised as soon as a call that changes the directory has come back."""
+    if not exchanges:
+        monkeypatch.setattr(publishing, "exchange", lambda one, other: False)
+    calls = [0, 0]  # how many there were; which one is the last
+
+    def after(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            calls[0] += 1
+            if calls[0] == calls[1]:
+                raise Signalled(2)
+            return result
+
+        return call
+
+    for name in ("mkdir", "rename", "chmod", "replace"):
+        monkeypatch.setattr(Path, name, after(getattr(Path, name)))
+    monkeypatch.setattr(publishing, "exchange", after(publishing.exchange))
+    seen = set()
+    for number in range(1, 12):
+        calls[1] = 0
+        target = tmp_path / f"{number}" / "out"
+        write_whole(target / "n", "old")
+        calls[:] = 0, number
+        try:
+            with new_directory(target, replace=True) as scratch:
+                (scratch / "n").write_text("new")
+        except Signalled:
+            seen.add(number)
+        found = (target / "n").read_text()
+        assert [path.name for path in target.parent.iterdir()] == ["out"] and found in ("old", "new"), number
+        assert found == "new" or number in seen
+    assert len(seen) >= 3 and 11 not in seen
 
 
 @pytest.mark.parametrize("write", [new_file, scratch_directory, new_directory])
@@ -168,7 +208,7 @@ def test_a_full_disk_is_told_with_figures(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "kept").write_text("old")
     with pytest.raises(DiskFullError, match="ran full"):
         write_whole(tmp_path / "kept", "x")
-    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setattr(Path, "mkdir", full)
     for write in (new_directory, new_file, scratch_directory):
         with pytest.raises(DiskFullError, match="ran full"), write(tmp_path / "new"):
             pass
