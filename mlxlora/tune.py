@@ -195,7 +195,6 @@ def begin(
     identity = identify(path, tokenizer, splits, base) | searched
     record = out / RECORD
     if not record.exists():
-        out.mkdir(parents=True, exist_ok=True)
         write_json(record, {"format": 1, "identity": identity})
         return splits
     stored = read_json(record)

@@ -59,7 +59,7 @@ def refusal_of(error: OSError) -> MlxLoraError:
     said = f"{error.strerror or error or type(error).__name__}"
     if named is None or isinstance(named, int):
         return MlxLoraError(f"{said}.")
-    path = _meant(Path(os.fsdecode(named)))
+    path = meant(Path(os.fsdecode(named)))
     if error.errno not in WRONG_PLACE:
         return MlxLoraError(f"{path}: {said}.")
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
@@ -71,7 +71,7 @@ def refusal_of(error: OSError) -> MlxLoraError:
     return InputError(f"{path}: {said}. Choose another path, or check its permissions.")
 
 
-def _meant(path: Path) -> Path:
+def meant(path: Path) -> Path:
     """`path` itself, or the place that it becomes, where it is scratch or lies in it."""
     for number, part in enumerate(path.parts):
         if scratch := re.fullmatch(r"\.(.+)\.tmp-[^.]*", part):

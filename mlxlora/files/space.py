@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from mlxlora.errors import DiskFullError
+from mlxlora.files.places import meant
 
 # What a file system says when it takes no more. EFBIG: a limit on one file's size, met in the middle of a write.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
@@ -37,8 +38,8 @@ def require_space(path: Path, needed: int, what: str) -> None:
     free = free_space(path)
     if needed > free:
         raise DiskFullError(
-            f"{path}: the disk has too little room: {what} needs {human_bytes(needed)}, {human_bytes(free)} are free."
-            " Make room, or choose another place."
+            f"{path}: the disk has too little room for {what}: {human_bytes(needed)} are needed,"
+            f" {human_bytes(free)} are free. Make room, or choose another place."
         )
 
 
@@ -55,9 +56,12 @@ def room_for(target: Path, scratch: Path | None = None) -> Iterator[None]:
             raise
         written = size_of(scratch) if scratch else 0
         free = free_space(target)
+        took = (
+            f"more than {human_bytes(written + free)} are needed, {human_bytes(free)} are free beside the"
+            f" {human_bytes(written)} that were written and are removed again"
+        )
         raise DiskFullError(
-            f"{target}: the disk ran full: more than {human_bytes(written + free)} are needed,"
-            f" {human_bytes(free)} are free beside the {human_bytes(written)} that were written and are removed again."
+            f"{meant(target)}: the disk ran full: {took if written else f'{human_bytes(free)} are free'}."
             " What stood there before is as it was. Make room and run the same command again."
         ) from error
 

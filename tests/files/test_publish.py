@@ -1,5 +1,6 @@
 """Directories and files appear whole or not at all."""
 
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -196,7 +197,7 @@ def test_links_and_files_are_not_replaced(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_with_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DiskFullError, match=r"the model needs 1000\.0 TB, .* are free"):
+    with pytest.raises(DiskFullError, match=r"room for the model: 1000\.0 TB are needed, .* are free"):
         require_space(tmp_path / "not" / "yet", 10**15, "the model")
 
     def full(*_: Any, **__: Any) -> None:
@@ -213,3 +214,11 @@ def test_a_full_disk_is_told_with_figures(tmp_path: Path, monkeypatch: pytest.Mo
         with pytest.raises(DiskFullError, match="ran full"), write(tmp_path / "new"):
             pass
     assert content(tmp_path) == {"kept": "old"}
+
+
+def test_a_file_in_scratch_that_meets_a_full_disk_is_told_as_what_it_becomes(tmp_path: Path) -> None:
+    """Once, by the one who wrote it, and with what there is to tell."""
+    told = re.escape(f"{tmp_path / 'm.gguf'}: the disk ran full: ") + r"\d[^,]* are free\. What stood"
+    with pytest.raises(DiskFullError, match=told), new_file(tmp_path / "m.gguf") as outer, new_file(outer):
+        raise OSError(28, "No space left on device")
+    assert not list(tmp_path.iterdir())

@@ -198,9 +198,9 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pyte
         with pytest.raises(TrainingError, match=r"ran full.*A save takes .*step-0000010"):
             run.save(state(20), adapter_writer=full, best=True, keep=1)
         monkeypatch.setattr(run_module, "HEADERS", 10**16)
-        with pytest.raises(TrainingError, match=r"the checkpoint of step 20 needs .* are free"):
+        with pytest.raises(TrainingError, match=r"room for the checkpoint of step 20: .* are needed, .* are free"):
             save(run, 20)
-        with pytest.raises(TrainingError, match="this run's checkpoints needs"):
+        with pytest.raises(TrainingError, match="room for this run's checkpoints: "):
             run.require_space(state(20), keep=3)
     assert tree(tmp_path / "run") == before
 
