@@ -60,6 +60,10 @@ class SearchConfig:
         demand(all(math.isfinite(rate) and 0 < rate <= 10 for rate in rates), "learning_rates", "above 0, at most 10")
         demand(bool(self.ranks) and min(self.ranks) >= 1, "ranks", "one or more whole numbers above 0")
         demand(bool(self.targets) and all(self.targets), "targets", "one or more names")
+        demand(len({f"{rate:.2e}" for rate in rates}) == len(rates), "learning_rates", "different in three digits")
+        for name in ("ranks", "targets"):
+            values = getattr(self, name)
+            demand(len(set(values)) == len(values), name, "different from each other")
         for name in ("trials", "steps", "validation_rows"):
             demand(getattr(self, name) >= 1, name, "1 or more")
         demand(self.rows >= 10, "rows", "10 or more")

@@ -123,13 +123,15 @@ def tune(
     limit = limit_of(memory_limit)
     path = hub.find(model, revision=revision)
     tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
-    splits = begin(out, path, tokenizer, base, search, on_progress)
+    splits, identity = begin(out, path, tokenizer, base, search, on_progress)
     if on_progress:
         on_progress("small steps", 0, 0)
     needs = room(
         load(path, trust_remote_code=trust_remote_code), splits, samples=samples, adapter=widest(adapter, search),
         optimizer=optimizer, training=training, limit=limit,
     )  # fmt: skip
+    if not (out / RECORD).exists():  # now that all has been checked: what is refused binds nobody
+        write_json(out / RECORD, {"format": 1, "identity": identity})
     common = base | {"out": out, "start_from": None, "gentle": False, "report_to": None}
     searching = Search(path, tokenizer, splits, common, search, control, on_progress)
     suggested, points, notices = searching.learning_rates()
@@ -137,6 +139,8 @@ def tune(
     trials = searching.halve(combinations(rates, search))
     best, picture = trials[0], out / "tune.html"
     stopped = control.stopping or best.loss is None
+    if len(trials) == 1 and not stopped:
+        notices.append("there was one combination to try, so nothing was compared")
     if len(rates) > 1 and best.learning_rate in (min(rates), max(rates)) and not stopped:
         end = "lowest" if best.learning_rate == min(rates) else "highest"
         beyond = " ".join(f"{rate:g}" for rate in around(best.learning_rate))
@@ -172,8 +176,8 @@ def begin(
     base: dict[str, Any],
     search: SearchConfig,
     on_progress: Progress | None,
-) -> DataSplits:
-    """The part of the data that is searched on; what the search depends on is noted in `out`.
+) -> tuple[DataSplits, dict[str, Any]]:
+    """The part of the data that is searched on, and what the search depends on.
 
     Refuses what cannot be searched, and an `out` of another search.
     """
@@ -195,8 +199,7 @@ def begin(
     identity = identify(path, tokenizer, splits, base) | searched
     record = out / RECORD
     if not record.exists():
-        write_json(record, {"format": 1, "identity": identity})
-        return splits
+        return splits, identity
     stored = read_json(record)
     old = stored.get("identity") if isinstance(stored, dict) else None
     if not isinstance(old, dict):
@@ -207,7 +210,7 @@ def begin(
             f"{out} holds a search that was begun with other settings. Choose another --out.",
             [Problem(name, f"was {old.get(name)!r}, is now {identity.get(name)!r}") for name in changed],
         )
-    return splits
+    return splits, identity
 
 
 def widest(adapter: AdapterConfig, search: SearchConfig) -> AdapterConfig:

@@ -90,6 +90,7 @@ def test_a_part_of_the_data_is_enough(place: Path, tmp_path: Path) -> None:
     assert yaml.safe_load((found.out / "best.yaml").read_text())["data"] == [str(place / "rows.jsonl")]
     assert not [event for event in read(trial / "metrics.jsonl") if event["event"] == "samples"]
     said = "learned from 12 samples and validated on 2, drawn from the data named here (search.rows 15,"
+    assert found.notices == ["there was one combination to try, so nothing was compared"]
     assert said in (trial / "config.yaml").read_text().splitlines()[0] and said in (trial / "report.html").read_text()
 
 
@@ -118,6 +119,8 @@ def test_other_settings_or_another_directory_are_refused(place: Path, found: Tun
         search(place, tmp_path)
     with pytest.raises(ConfigError, match="validation"):
         search(place, tmp_path / "new", samples=SamplesConfig(validation_split=0.0))
+    with pytest.raises(ConfigError, match="matches no module"):
+        search(place, tmp_path / "new", search=SearchConfig(targets=["attention", "nothing"]))
     assert not (tmp_path / "new").exists()
 
 
@@ -128,6 +131,9 @@ def test_other_settings_or_another_directory_are_refused(place: Path, found: Tun
         {"ranks": []},
         {"ranks": [0]},
         {"learning_rates": [0.0]},
+        {"ranks": [8, 8]},
+        {"targets": ["attention", "attention"]},
+        {"learning_rates": [1.001e-3, 1.002e-3]},  # their trials would have one name
         {"reduction": 1},
         {"lowest": 1.0},
         {"steps": 0},
