@@ -83,8 +83,23 @@ class BlockFunctions:
         """The block's output for `x`, and, to `keep` for its backward pass, its matrix products."""
         kind = ("forward", keep, block.structure, call.key(), layout.kind, key is None)
         function = self.traces.of(kind, self._forward(block, call, layout, keep))
-        out: tuple[mx.array, list[mx.array]] = function(block.slots.get(), x, list(sides), *given(layout, key))
-        return out
+        out, *kept = function(block.slots.get(), x, list(sides), *given(layout, key))
+        return out, kept
+
+    def again(
+        self,
+        block: Block,
+        call: Call,
+        layout: Layout,
+        x: mx.array,
+        sides: Sequence[mx.array],
+        key: mx.array | None,
+    ) -> list[mx.array]:
+        """The block's matrix products for `x` once more, without those that only its output needs."""
+        kind = ("again", block.structure, call.key(), layout.kind, key is None)
+        function = self.traces.of(kind, self._forward(block, call, layout, keep=True, alone=True))
+        kept: list[mx.array] = function(block.slots.get(), x, list(sides), *given(layout, key))
+        return kept
 
     def backward(
         self,
@@ -110,19 +125,22 @@ class BlockFunctions:
             self._templates[block.structure] = (block, Products(block.module))
         return self._templates[block.structure]
 
-    def _forward(self, block: Block, call: Call, layout: Layout, keep: bool) -> Callable[..., Any]:
+    def _forward(
+        self, block: Block, call: Call, layout: Layout, keep: bool, alone: bool = False
+    ) -> Callable[..., list[mx.array]]:
+        """The output and what is kept; or that `alone`."""
         block, products = self._template(block)
         unread = self._unread.get((block.structure, call.key()), frozenset())
 
         def forward(
             arrays: list[mx.array], x: mx.array, sides: list[mx.array], segments: list[mx.array], key: list[mx.array]
-        ) -> tuple[mx.array, list[mx.array]]:
-            written = tape.Tape(unread=unread, keeps=keep)
+        ) -> list[mx.array]:
+            written = tape.Tape(unread=unread, keeps=keep, alone=alone)
             settled = nullcontext() if self.traces.compiled else settling()
             with self._within(block, layout, segments, key), block.slots.holding(arrays), settled:
                 out = _run(block, products, call, x, sides, written)
             self._sites = written.sites
-            return out, written.results
+            return written.results if alone else [out, *written.results]
 
         return forward
 

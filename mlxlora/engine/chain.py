@@ -134,7 +134,7 @@ class Chain:
             key_of = None if keys is None else keys[index]
             products = kept.pop()
             if grade == "inputs" and index < len(self.blocks) - 1:
-                products = self.functions.forward(block, call, layout, True, given, sides, key_of)[1]
+                products = self.functions.again(block, call, layout, given, sides, key_of)
             found, slope = self.functions.backward(block, call, layout, given, sides, key_of, products, slope, further)
             del products
             del given

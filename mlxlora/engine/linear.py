@@ -95,7 +95,6 @@ class Group:
             if one.lora is not None:
                 y = mx.addmm(y, next(rest), one.lora.scale * one.lora.lora_b.astype(flat.dtype))
             outs.append(y.astype(x.dtype).reshape(*shape, y.shape[-1]))
-            settle(outs[-1])
         return outs, zs
 
     def replayed(self, x: mx.array, outs: Sequence[mx.array | None], zs: Sequence[mx.array]) -> list[mx.array]:

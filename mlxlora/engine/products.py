@@ -145,7 +145,7 @@ class Products:
                     tape.note(out, result)
                 return out
             out = inner(*args, **kwargs)
-            settle(out)
+            tape.settle(place_of_module, out)
             tape.write(place_of_module, out)
             return out
 
@@ -172,6 +172,7 @@ class _Shared:
     def _all(self, tape: Tape, x: mx.array) -> list[mx.array]:
         if not tape.reading:
             outputs, narrow = self._group.forward(x)
+            tape.settle(self._number, *outputs)
             tape.write(self._number, *outputs, *narrow)
             return outputs
         size = len(self._group)

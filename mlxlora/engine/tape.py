@@ -15,6 +15,8 @@ from contextvars import ContextVar
 
 import mlx.core as mx
 
+from mlxlora.engine.device import settle
+
 Site = tuple[object, int]  # who wrote it, and which of its results it is
 
 
@@ -26,12 +28,17 @@ class Tape:
         results: Sequence[mx.array] | None = None,
         unread: AbstractSet[Site] = frozenset(),
         keeps: bool = True,
+        alone: bool = False,
     ) -> None:
-        """Empty, to write on; or with `results`, to read. Results of the sites in `unread` are not kept (or none)."""
+        """Empty, to write on; or with `results`, to read.
+
+        Results of the sites in `unread` are not kept (or none, without `keeps`). `alone`: nothing else of the block is
+        asked for.
+        """
         self.results: list[mx.array] = list(results or [])
         self.sites: list[Site] = []
         self.reading = results is not None
-        self._unread, self._keeps = unread, keeps
+        self._unread, self._keeps, self._alone = unread, keeps, alone
         self._next = 0
         self._values: dict[int, tuple[mx.array, mx.array]] = {}
 
@@ -41,6 +48,12 @@ class Tape:
             if self._keeps and (who, number) not in self._unread:
                 self.results.append(result)
                 self.sites.append((who, number))
+
+    def settle(self, who: object, *results: mx.array) -> None:
+        """Compute the results of a call now (see `device.settle`), if anybody asks for them."""
+        for number, result in enumerate(results):
+            if not (self._alone and (who, number) in self._unread):
+                settle(result)
 
     def read(self, who: object, count: int) -> list[mx.array | None]:
         """The next results; None for one whose value nobody asks for."""
