@@ -228,16 +228,16 @@ def room(loaded: LanguageModel, splits: DataSplits, *, limit: int, **options: An
 def contexts(forecaster: Forecaster, training: TrainingConfig, shape: Shape) -> dict[int, dict[str, int]]:
     """The peak by context length and way of checkpointing, one row a batch. Leaves the engine set to the smallest."""
     table: dict[int, dict[str, int]] = {length: {} for length in CONTEXTS}
-    for grade in GRADES if training.blocks == "auto" else (training.blocks,):
-        forecaster.engine.use(grade, training.loss_chunk or 0)
+    for kept in GRADES if training.blocks == "auto" else (training.blocks,):
+        forecaster.engine.use(kept, training.loss_chunk or 0)
         known: list[Forecast] = []
         for length in CONTEXTS:
             longer = len(known) >= 2 and known[-1].seconds * length / known[-1].shape.length > PATIENCE
             if longer or (known and known[-1].shape.length >= LONG):
-                table[length][grade] = forecaster.onward(known, length)
+                table[length][str(kept)] = forecaster.onward(known, length)
                 continue
             known.append(forecaster.forecast(replace(shape.row(length), documents=1)))
-            table[length][grade] = known[-1].peak
+            table[length][str(kept)] = known[-1].peak
     return table
 
 

@@ -23,7 +23,6 @@ from typing import Any
 import mlx.core as mx
 
 from mlxlora.data.sample import Batch
-from mlxlora.engine.blocks import Grade
 from mlxlora.engine.chain import END, FINISH, Chain, Part
 from mlxlora.engine.masks import Layout
 from mlxlora.engine.scores import Objective
@@ -56,19 +55,22 @@ class Account:
 
 def account(
     chain: Chain,
-    grade: Grade,
+    kept: int,
     objective: Objective,
     batch: Batch,
     layout: Layout,
     key: mx.array | None,
     gradients: bool = True,
 ) -> Account:
-    """The account of a step of `chain` for such a batch, or without `gradients` of an evaluation."""
-    kinds = _kinds(chain, batch, layout, key)
+    """The account of a step of `chain` for such a batch, or without `gradients` of an evaluation.
+
+    kept: see `Chain.run`
+    """
+    kinds = _kinds(chain, kept, batch, layout, key)
     few = _few(kinds)
 
     def step() -> Any:
-        return chain.run(objective, batch, layout, key, gradients, grade)
+        return chain.run(objective, batch, layout, key, gradients, kept)
 
     with _only(chain, few):
         _measured(step)  # traced, and what is made once is made: no step of a run will be the first
@@ -103,11 +105,11 @@ def peak(parts: Iterable[Taken]) -> int:
     return top
 
 
-def _kinds(chain: Chain, batch: Batch, layout: Layout, key: mx.array | None) -> list[Any]:
+def _kinds(chain: Chain, kept: int, batch: Batch, layout: Layout, key: mx.array | None) -> list[Any]:
     """For each block something that is equal for two that take the same."""
     _, calls = chain.ends.start(batch.tokens, layout, key)
     return [
-        (block.structure, call.key(), index >= chain.lowest, chain.further(index))
+        (block.structure, call.key(), index >= chain.lowest, chain.further(index), chain.keeps(index, kept))
         for index, (block, (call, _)) in enumerate(zip(chain.blocks, calls, strict=True))
     ]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,8 +24,6 @@ from mlxlora.engine.products import Products
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.structure import structure
 from mlxlora.engine.traces import Traces, given, laid_out
-
-Grade = Literal["products", "inputs"]
 
 
 @dataclass(frozen=True)

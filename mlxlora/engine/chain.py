@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, tolerance
-from mlxlora.engine.blocks import Block, BlockFunctions, Grade
+from mlxlora.engine.blocks import Block, BlockFunctions
 from mlxlora.engine.dropout import split_key
 from mlxlora.engine.ends import Ends, NotAChain
 from mlxlora.engine.frozen import FrozenStates
@@ -74,7 +74,7 @@ class Chain:
         self.close()
         self.ends.traces.compiled = self.functions.traces.compiled = value
 
-    def verify(self, layout: Layout, grade: Grade) -> None:
+    def verify(self, layout: Layout, kept: int) -> None:
         """Compare with the general way on a small batch; raises NotAChain where this model needs that one."""
         batch = small_batch(self._anatomy)
         try:
@@ -82,7 +82,7 @@ class Chain:
             x, calls = self.ends.start(batch.tokens, layout, None)
             for block, (call, sides) in zip(self.blocks, calls, strict=True):
                 self.functions.learn_needs(block, call, layout, x, sides)
-            found = self.run(likelihood, batch, layout, None, True, grade)
+            found = self.run(likelihood, batch, layout, None, True, kept)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
             raise NotAChain(f"its blocks cannot be called one by one ({failure})") from failure
         general = General(self._anatomy, self._steering, self.ends.head.chunk, recompute=False, compiled=False)
@@ -91,31 +91,33 @@ class Chain:
             raise NotAChain(f"block by block, its gradients differ by {error:.1e}")
 
     def run(
-        self, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None, gradients: bool, grade: Grade
+        self, objective: Objective, batch: Batch, layout: Layout, key: mx.array | None, gradients: bool, kept: int
     ) -> tuple[Outcome, dict[str, mx.array]]:
-        """The outcome, and the gradients by path (none without `gradients`)."""
+        """The outcome, and the gradients by path (none without `gradients`).
+
+        kept: of how many upper blocks the matrix products are kept; of those below, only the inputs
+        """
         keys = None if key is None else split_key(key, len(self.blocks))
         outer = None if keys is None else keys[-1]
         x, calls = self.ends.start(batch.tokens, layout, outer)
         inputs: list[mx.array | None] = []
-        kept: list[list[mx.array]] = []
+        products: list[list[mx.array]] = []
         skipped = 0
         # the weights are as the data loader made them: nothing in flight is waited for
         if self._frozen is not None and gradients and np.array(batch.weights).any():
             x, skipped = self._frozen.rows(batch), self.first
-            inputs, kept = [None] * skipped, [[] for _ in range(skipped)]
+            inputs, products = [None] * skipped, [[] for _ in range(skipped)]
         for index in self.running[skipped:]:
             self.part = ("forward", index)
             block, (call, sides) = self.blocks[index], calls[index]
             keeps = gradients and (index >= self.first or self.ends.learns)
             inputs.append(x if keeps else None)
-            # the last block's backward pass comes first: keeping its products costs the peak nothing
-            keep = keeps and (grade == "products" or index == len(self.blocks) - 1)
-            x, products = self.functions.forward(
+            keep = keeps and self.keeps(index, kept)
+            x, found = self.functions.forward(
                 block, call, layout, keep, x, sides, None if keys is None else keys[index]
             )
-            kept.append(products)
-            self.send(x, *products)
+            products.append(found)
+            self.send(x, *found)
         self.part = FINISH
         outcome, slope, outer_grads = self.ends.finish(objective, batch, layout, outer, x, gradients)
         if slope is None:
@@ -132,11 +134,10 @@ class Chain:
             further = self.further(index)
             assert slope is not None
             key_of = None if keys is None else keys[index]
-            products = kept.pop()
-            if grade == "inputs" and index < len(self.blocks) - 1:
-                products = self.functions.again(block, call, layout, given, sides, key_of)
-            found, slope = self.functions.backward(block, call, layout, given, sides, key_of, products, slope, further)
-            del products
+            found = products.pop()
+            if not self.keeps(index, kept):
+                found = self.functions.again(block, call, layout, given, sides, key_of)
+            found, slope = self.functions.backward(block, call, layout, given, sides, key_of, found, slope, further)
             del given
             self.send(found, *([] if slope is None else [slope]))
             path = self._anatomy.paths[index]
@@ -159,6 +160,13 @@ class Chain:
     def lowest(self) -> int:
         """The first block that has a backward pass."""
         return 0 if self.ends.learns else self.first
+
+    def keeps(self, index: int, kept: int) -> bool:
+        """Whether that block is one of the upper ones whose products are `kept`.
+
+        The last always is: its backward pass comes first, so its products cost the peak nothing.
+        """
+        return index >= len(self.blocks) - max(kept, 1)
 
     def further(self, index: int) -> bool:
         """Whether the gradient goes on below that block."""

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 from mlxlora.engine.device import on_cpu
 from mlxlora.errors import ConfigError, nearest
 
-CheckpointBlocks = Literal["auto", "none", "products", "inputs"]
+Grade = Literal["auto", "none", "products", "inputs"]
+CheckpointBlocks = int | Grade
 Compile = Literal["auto", "always", "never"]
 Attention = Literal["auto", "linear", "plain"]
 
@@ -21,7 +22,8 @@ class EngineConfig:
         checkpoint_blocks: what is kept of each block for the backward pass: everything (none: fastest to start,
             largest),
             its matrix products (products: nothing dear is computed twice), or only its input (inputs: smallest, one
-            more forward pass). auto takes the products while they fit
+            more forward pass). A number: the products of so many upper blocks, the inputs of those below. auto takes
+            the products while they fit
         loss_chunk: tokens whose logits exist at a time; 0 chooses by the size of the vocabulary
         attention: linear keeps nothing of size tokens × tokens, and is an error where a model does not allow it;
             plain is
@@ -46,8 +48,11 @@ class EngineConfig:
         return self.compile == "always" or (self.compile == "auto" and not on_cpu())
 
     def __post_init__(self) -> None:
+        kept = self.checkpoint_blocks
+        if isinstance(kept, int) and (isinstance(kept, bool) or kept < 1):
+            raise ConfigError(f"checkpoint_blocks is {kept!r}; as a number it says of how many blocks, so 1 or more.")
         for name, choices in (
-            ("checkpoint_blocks", get_args(CheckpointBlocks)),
+            ("checkpoint_blocks", (*get_args(Grade), kept) if isinstance(kept, int) else get_args(Grade)),
             ("attention", get_args(Attention)),
             ("compile", get_args(Compile)),
         ):

@@ -13,7 +13,6 @@ from mlx.utils import tree_unflatten
 from mlxlora.data.sample import Batch
 from mlxlora.engine.account import Account, account
 from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
-from mlxlora.engine.blocks import Grade
 from mlxlora.engine.chain import Chain
 from mlxlora.engine.config import CheckpointBlocks, EngineConfig
 from mlxlora.engine.ends import NotAChain
@@ -76,7 +75,7 @@ class Engine:
         batch = self._laid(batch)
         layout = self._layout(batch)
         if self._chain is not None:
-            return self._chain.run(objective, batch, layout, key, gradients, self._grade())
+            return self._chain.run(objective, batch, layout, key, gradients, self._kept(len(self._chain.blocks)))
         return self._whole().run(objective, batch, layout, key, gradients)
 
     def _whole(self) -> General:
@@ -100,8 +99,17 @@ class Engine:
         self.notes.append("everything is kept for the backward pass: its blocks do not give the same when run again")
         return False
 
-    def _grade(self) -> Grade:
-        return "inputs" if self.config.checkpoint_blocks == "inputs" else "products"
+    def _kept(self, blocks: int) -> int:
+        """Of how many of so many blocks the products are kept."""
+        kept = self.config.checkpoint_blocks
+        if isinstance(kept, int):
+            return min(kept, blocks)
+        return 1 if kept == "inputs" else blocks
+
+    @property
+    def learning_blocks(self) -> int:
+        """How many blocks have a backward pass of their own; 0 where a step is one graph."""
+        return 0 if self._chain is None else len(self._chain.blocks) - self._chain.lowest
 
     def _verified_chain(self) -> Chain | None:
         """The block-by-block way, if a small batch shows that it gives what the general way gives."""
@@ -109,7 +117,7 @@ class Engine:
             return None
         try:
             chain = Chain(self._anatomy, self._steering, self.config.loss_chunk, compiled=False)
-            chain.verify(Layout(self._linear), self._grade())
+            chain.verify(Layout(self._linear), self._kept(len(chain.blocks)))
         except NotAChain as reason:
             self.notes.append(f"the step is computed as one graph: {reason}")
             return None
@@ -146,7 +154,8 @@ class Engine:
         if self._chain is None:
             return None
         batch = self._laid(batch)
-        return account(self._chain, self._grade(), objective, batch, self._layout(batch), key, gradients)
+        kept = self._kept(len(self._chain.blocks))
+        return account(self._chain, kept, objective, batch, self._layout(batch), key, gradients)
 
     def use(self, checkpoint_blocks: CheckpointBlocks, loss_chunk: int) -> None:
         """Keep this much of each block from now on, and make the logits of so many tokens at a time (0: by shape)."""

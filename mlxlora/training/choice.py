@@ -3,7 +3,9 @@
 In the order in which they are tried: what is kept of each block (matrix products, then only the input), and under each
 the rows of a micro-batch (4, 2, 1; a step sees as many samples whatever they are, in more micro-batches), and where the
 loss is what takes the most, the number of tokens whose logits exist at a time. Halving a batch costs little as long as
-it fills the device, so it comes before the second forward pass of `inputs`. What the user has set is never changed.
+it fills the device, so it comes before the second forward pass of `inputs`. Where the inputs of all blocks fit and the
+products of all do not, the products of as many upper blocks are kept as there is room for: each spares the second
+forward pass of a block. What the user has set is never changed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import mlx.nn as nn
 
 from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.engine import Engine, EngineConfig, Objective
-from mlxlora.engine.config import CheckpointBlocks
+from mlxlora.engine.config import CheckpointBlocks, Grade
 from mlxlora.engine.token_loss import chunk_length
 from mlxlora.errors import UnsupportedError
 from mlxlora.files import human_bytes
@@ -27,7 +29,7 @@ from mlxlora.training.optimizer import Optimizer, OptimizerConfig, build
 from mlxlora.training.shapes import Shape, largest
 
 ShapesOf = Callable[[TrainingConfig, bool], tuple[Shape, Shape | None]]
-GRADES: tuple[CheckpointBlocks, ...] = ("products", "inputs")  # fastest first
+GRADES: tuple[Grade, ...] = ("products", "inputs")  # fastest first
 FILLS = 512  # tokens of a micro-batch that keep a device busy: below this, halving it is no gain
 SMALLER = "Take a smaller model, or quantize it: mlxlora convert --quantize.bits 4."
 FEWEST = 64  # tokens of a row below which there is nothing to learn
@@ -55,7 +57,7 @@ class Choice:
         """Why this and nothing faster."""
         if len(self.tried) == 1:
             return "the fastest, and it fits" if self.free else "as set, and it fits"
-        before = self.tried[-2]
+        before = self.tried[-2]  # what is next in speed
         return f"{described(before)} would take {human_bytes(before.peak)}"
 
     def flags(self) -> dict[str, Any]:
@@ -144,7 +146,7 @@ def described(forecast: Forecast) -> str:
 def settings(training: TrainingConfig) -> Iterator[TrainingConfig]:
     """The options with what they leave open filled in, fastest first."""
     free = training.batch_size is None and training.tokens_per_batch is None
-    grades = GRADES if training.blocks == "auto" else (training.blocks,)
+    grades: tuple[CheckpointBlocks, ...] = GRADES if training.blocks == "auto" else (training.blocks,)
     for grade in grades:
         rows = ROWS
         while True:
@@ -181,10 +183,64 @@ def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf
             found = forecaster.forecast(shape, setting.accumulate, held_out)
             tried.append(found)
             if found.peak <= limit:
-                return Choice(replace(setting, loss_chunk=chunk or None), tried, free)
+                chosen = replace(setting, loss_chunk=chunk or None)
+                if (training.blocks, setting.blocks) == ("auto", "inputs"):
+                    chosen = _keep_more(forecaster, chosen, training, shapes_of, limit, tried)
+                return Choice(chosen, tried, free)
             if not found.by_loss:
                 break  # fewer logits at a time would change nothing
     return Choice(None, tried, free)
+
+
+def _keep_more(
+    forecaster: Forecaster,
+    fits: TrainingConfig,
+    training: TrainingConfig,
+    shapes_of: ShapesOf,
+    limit: int,
+    tried: list[Forecast],
+) -> TrainingConfig:
+    """What `fits` by the inputs of its blocks, or the same or a smaller batch with the products of as many upper blocks
+    as there is room for. What is looked at goes to `tried`: last what is returned, before it what is next in speed."""
+    unpadded = forecaster.engine.leaves_out_padding
+
+    def forecast(setting: TrainingConfig) -> Forecast:
+        shape, held_out = shapes_of(setting, unpadded)
+        forecaster.engine.use(setting.blocks, setting.loss_chunk or 0)
+        return forecaster.forecast(shape, setting.accumulate, held_out)
+
+    def share(setting: TrainingConfig) -> float:
+        """How much of what the products of all blocks take there is room for, as far as that grows block by block."""
+        low, high = (forecast(replace(setting, checkpoint_blocks=grade)).peak for grade in ("inputs", "products"))
+        return (limit - low) / max(high - low, 1)
+
+    smaller = [
+        replace(one, loss_chunk=fits.loss_chunk)
+        for one in settings(training)
+        if one.blocks == "inputs" and one.accumulate > fits.accumulate and shapes_of(one, unpadded)[0].tokens >= FILLS
+    ]
+    best = max([fits, *smaller], key=share)
+    known: dict[int, Forecast] = {}
+    blocks = forecaster.engine.learning_blocks
+
+    def keeping(kept: int) -> TrainingConfig:
+        return replace(best, checkpoint_blocks=kept if kept < blocks else "products")
+
+    def too_much(kept: int) -> bool:
+        known[kept] = forecast(keeping(kept))
+        return known[kept].peak > limit
+
+    kept = min(int(1 + share(best) * (blocks - 1)), blocks)
+    while kept > 1 and too_much(kept):
+        kept -= 1
+    while 1 <= kept < blocks and kept + 1 not in known and not too_much(kept + 1):
+        kept += 1
+    if kept <= 1:
+        forecaster.engine.use(fits.blocks, fits.loss_chunk or 0)
+        return fits
+    before = known.get(kept + 1) or next(one for one in reversed(tried) if one.peak > limit)
+    tried += [before, forecast(keeping(kept))]
+    return keeping(kept)
 
 
 def _chunks(setting: TrainingConfig, shape: Shape, vocabulary: int) -> list[int]:

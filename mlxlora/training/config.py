@@ -27,9 +27,10 @@ class TrainingConfig:
     """tokens a micro-batch, padding included, instead of batch_size"""
     accumulate: int = 1
     """micro-batches a step; gradients are weighted by trained tokens, so this equals one batch of all of them"""
-    checkpoint_blocks: bool | Literal["auto", "none", "products", "inputs"] = "auto"
+    checkpoint_blocks: bool | int | Literal["auto", "none", "products", "inputs"] = "auto"
     """gradient checkpointing: none (= false) keeps everything, products keeps matrix products, inputs (= true) keeps
-    only the input of each block; auto keeps products where they fit"""
+    only the input of each block, a number keeps the products of so many upper blocks; auto keeps as many products as
+    fit"""
     loss_chunk: int | None = None
     """tokens whose logits exist at a time; default as many as suit vocabulary and memory"""
     validate_every: int | None = None
@@ -73,6 +74,8 @@ class TrainingConfig:
             "patience",
         ):
             demand(getattr(self, name) is None or getattr(self, name) >= 1, name, "1 or more")
+        kept = self.checkpoint_blocks
+        demand(isinstance(kept, (bool, str)) or kept >= 1, "checkpoint_blocks", "1 or more where it is a number")
         demand(self.sample_every is None or self.sample_every >= 0, "sample_every", "0 or more")
         for name in ("accumulate", "report_every", "keep"):
             demand(getattr(self, name) >= 1, name, "1 or more")
@@ -82,7 +85,7 @@ class TrainingConfig:
         demand(self.skip_nonfinite >= 0, "skip_nonfinite", "0 or more")
 
     @property
-    def blocks(self) -> Literal["auto", "none", "products", "inputs"]:
+    def blocks(self) -> int | Literal["auto", "none", "products", "inputs"]:
         """`checkpoint_blocks` with true and false spelled out."""
         if isinstance(self.checkpoint_blocks, bool):
             return "inputs" if self.checkpoint_blocks else "none"

@@ -54,10 +54,11 @@ def real(engine: Engine, batch: Batch) -> int:
         ("llama", AdapterConfig(rank=4), "products"),
         ("llama", AdapterConfig(rank=4, layers=3), "inputs"),
         ("llama", AdapterConfig(type="full"), "inputs"),
+        ("llama", AdapterConfig(rank=4), 3),
         ("gemma3", AdapterConfig(rank=4), "products"),
         ("deepseek_v3", AdapterConfig(rank=4), "products"),
     ],
-    ids=["lora", "upper-blocks", "full", "two-kinds", "experts"],
+    ids=["lora", "upper-blocks", "full", "half", "two-kinds", "experts"],
 )
 def test_a_few_blocks_tell_what_all_take(family: str, adapter: AdapterConfig, grade: Any) -> None:
     engine, batch = prepared(family, adapter, grade)

@@ -91,7 +91,7 @@ def test_every_family(family: str) -> None:
 
 
 @pytest.mark.usefixtures("machine")
-@pytest.mark.parametrize("grade", ["none", "products", "inputs"])
+@pytest.mark.parametrize("grade", ["none", "products", "inputs", 2])
 @pytest.mark.parametrize("dropout", [0.0, 0.1, 0.3])
 def test_grades_of_recomputation_with_dropout(grade: Any, dropout: float) -> None:
     agree(adapted("llama", dropout=dropout), EngineConfig(checkpoint_blocks=grade), dropout=True)

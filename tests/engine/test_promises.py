@@ -14,7 +14,7 @@ from mlxlora.adapters import AdapterConfig, LayerConfig, LoRALinear, inject
 from mlxlora.data import Batch, BatchConfig
 from mlxlora.data.batches import collate, plan_epoch
 from mlxlora.data.sample import Sample
-from mlxlora.engine import Engine, EngineConfig, account
+from mlxlora.engine import Engine, EngineConfig, account, tape
 from mlxlora.engine.linear import Group, member
 from mlxlora.memory import collect_garbage
 from mlxlora.objectives.sft import sft
@@ -22,8 +22,8 @@ from tests import reference, tiny
 from tests.machines import pretend_accelerator
 
 
-@pytest.mark.parametrize("grade", ["products", "inputs"])
-def test_nothing_is_kept_below_the_first_block_that_learns(grade: Any) -> None:
+@pytest.mark.parametrize("kept", [6, 1])
+def test_nothing_is_kept_below_the_first_block_that_learns(kept: int) -> None:
     """What goes into a frozen block is gone when it has run; what comes out takes its place."""
     network = tiny.network("llama", num_hidden_layers=6)
     inject(network, AdapterConfig(rank=2, layers=2), seed=0)
@@ -33,7 +33,7 @@ def test_nothing_is_kept_below_the_first_block_that_learns(grade: Any) -> None:
     layout = engine._layout(batch)
 
     def step() -> Any:
-        return chain.run(sft, batch, layout, None, True, grade)
+        return chain.run(sft, batch, layout, None, True, kept)
 
     mx.eval(step())
     collect_garbage()
@@ -42,6 +42,20 @@ def test_nothing_is_kept_below_the_first_block_that_learns(grade: Any) -> None:
     assert all(taken["forward", index].left < row / 2 for index in (1, 2, 3))
     assert all(taken["forward", index].left > row / 2 for index in (4, 5))
     assert [part for part in taken if part[0] == "backward"] == [("backward", 5), ("backward", 4)]
+    engine.close()
+
+
+def test_what_only_the_output_of_a_block_needs_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `inputs`, all products but the last are: the output is there already."""
+    network = tiny.network("llama", num_hidden_layers=4)
+    inject(network, AdapterConfig(rank=2), seed=0)
+    engine = Engine(network, EngineConfig(checkpoint_blocks="inputs", compile="never"))
+    batch = reference.padded(reference.samples([40], tiny.VOCABULARY))
+    computed: list[mx.array] = []
+    monkeypatch.setattr(tape, "settle", lambda *arrays: computed.extend(arrays))
+    mx.eval(engine.value_and_grad(sft, batch))
+    of_a_block = ["q", "k", "v", "o", "gate", "up", "down"]
+    assert len(computed) == 4 * len(of_a_block) + 3 * len(of_a_block[:-1])
     engine.close()
 
 

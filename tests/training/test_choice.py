@@ -21,6 +21,8 @@ from tests import tiny
 LENGTH = 256
 PLENTY = 10**10
 MB = 1_000_000
+BLOCKS = 8
+UNEVEN: dict[int, int] = {}  # what the products of so many blocks take beyond their share
 # what a step takes, in MB: (kept, rows) → all of it, and of that the loss where it decides
 TAKES = {
     ("products", 4): (90, 0), ("products", 2): (60, 0), ("products", 1): (45, 0),
@@ -40,7 +42,12 @@ def prices(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(self: Forecaster, shape: Shape, *, gradients: bool = True) -> Account:
         self.weights = self.update = 0
         config = self.engine.config
-        whole, loss = TAKES[config.checkpoint_blocks, shape.rows]
+        kept = config.checkpoint_blocks
+        if isinstance(kept, int):
+            low, high = (TAKES[grade, shape.rows][0] for grade in ("inputs", "products"))
+            whole, loss = low + (high - low) * (kept - 1) / (BLOCKS - 1) + UNEVEN.get(kept, 0), 0
+        else:
+            whole, loss = TAKES[kept, shape.rows]
         whole = round(whole * shape.length / LENGTH)
         by_chunk = loss - loss * config.loss_chunk // 128 if config.loss_chunk else 0
         return Account((whole - by_chunk) * MB, MB, (loss - by_chunk) * MB, 1.0)
@@ -49,7 +56,7 @@ def prices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def ready(limit: int, training: TrainingConfig) -> Prepared:
-    network = tiny.network("llama")
+    network = tiny.network("llama", num_hidden_layers=BLOCKS)
     inject(network, AdapterConfig(rank=4))
     made = prepare(
         network, EngineConfig(), OptimizerConfig(), sft, training, shapes, vocabulary=tiny.VOCABULARY, limit=limit
@@ -88,12 +95,14 @@ def test_what_is_set_is_never_changed(training: TrainingConfig) -> None:
     [
         (99, ("products", 4, 1)),
         (65, ("products", 2, 2)),
-        (58, ("inputs", 4, 1)),  # not one row with its products: 256 tokens do not fill a device
-        (45, ("inputs", 2, 2)),
-        (35, ("inputs", 1, 4)),
+        (58, (7, 2, 2)),  # not one row with all products: 256 tokens do not fill a device
+        (45, (2, 2, 2)),
+        (42, ("inputs", 2, 2)),
+        (35, (3, 1, 4)),
+        (31, ("inputs", 1, 4)),
     ],
 )
-def test_the_fastest_that_fits_is_chosen(limit: int, expected: tuple[str, int, int]) -> None:
+def test_the_fastest_that_fits_is_chosen(limit: int, expected: tuple[Any, int, int]) -> None:
     free = TrainingConfig()
     made = ready(limit * MB, free)
     chosen = made.choice.training
@@ -106,6 +115,18 @@ def test_the_fastest_that_fits_is_chosen(limit: int, expected: tuple[str, int, i
     assert made.choice.kept(TrainingConfig(batch_size=4)) == {}
     assert ("would take" in made.choice.why()) == (limit < 90)
     assert made.choice.flags()["checkpoint_blocks"] == expected[0]
+
+
+@pytest.mark.parametrize("uneven", [-4, 0, 4])
+def test_as_many_products_as_fit(uneven: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the first guess was: the last two forecasts are that of what was chosen and of one block more."""
+    monkeypatch.setitem(globals(), "UNEVEN", dict.fromkeys(range(BLOCKS), uneven))
+    made = ready(50 * MB, TrainingConfig())
+    more, chosen = made.choice.tried[-2:]
+    assert isinstance(chosen.checkpoint_blocks, int)
+    assert more.checkpoint_blocks in (chosen.checkpoint_blocks + 1, "products")
+    assert chosen.peak <= 50 * MB < more.peak
+    assert made.engine.config.checkpoint_blocks == chosen.checkpoint_blocks
 
 
 def test_fewer_logits_at_a_time_where_the_loss_decides() -> None:
