@@ -1,7 +1,7 @@
 """Files and directories that appear whole or not at all.
 
-Everything that mlxlora publishes goes through `new_directory`, `new_file` or `write_whole`: written in a scratch
-directory beside its place, flushed to the disk, then renamed. A directory that replaces another is exchanged with it in
+Everything that mlxlora publishes goes through `new_directory`, `new_file` or `write_whole`: written as scratch
+beside its place, flushed to the disk, then renamed. A directory that replaces another is exchanged with it in
 one system call where the system can (Linux: renameat2, macOS: renamex_np), so a reader always finds one of the two.
 """
 
@@ -25,7 +25,7 @@ from mlxlora.files.places import refuse_unmakeable
 from mlxlora.files.space import room_for
 from mlxlora.files.tensors import check_safetensors
 
-SCRATCH = ".tmp-"  # in the name of every directory whose content is not published yet
+SCRATCH = ".tmp-"  # in the name of everything that is not published yet
 
 
 def sync(path: Path) -> None:
@@ -114,8 +114,7 @@ def scratch_directory(target: Path) -> Iterator[Path]:
 def _beside(target: Path) -> Iterator[Path]:
     """A new directory beside `target`, gone at the end; it is locked, which says to others that its owner lives."""
     while True:
-        # named before it is made, so that a signal that comes just then leaves nothing behind
-        made = target.with_name(f".{target.name}{SCRATCH}{secrets.token_hex(6)}")
+        made = _scratch_name(target)
         try:
             made.mkdir(mode=0o700)
             with _locked(made, wait=True) as held:
@@ -124,6 +123,11 @@ def _beside(target: Path) -> Iterator[Path]:
                     return
         finally:
             _clear(made, target)
+
+
+def _scratch_name(target: Path) -> Path:
+    """A new name beside `target`: known before anything is made, so that a signal just then leaves nothing behind."""
+    return target.with_name(f".{target.name}{SCRATCH}{secrets.token_hex(6)}")
 
 
 def _clear(scratch: Path, target: Path) -> None:
@@ -188,7 +192,7 @@ def exchange(one: Path, other: Path) -> bool:
 def sweep_scratch(parent: Path, prefix: str = ".") -> list[Path]:
     """Remove the scratch of dead processes in `parent`, and return what was removed.
 
-    Directories with a living owner (it holds a lock on them) stay. A directory that was moved aside and whose successor
+    What has a living owner, who holds a lock on it, stays. A directory that was moved aside and whose successor
     never came is put back.
     """
     removed = []
@@ -199,24 +203,24 @@ def sweep_scratch(parent: Path, prefix: str = ".") -> list[Path]:
             if path.is_symlink():  # not ours: what it leads to stays
                 path.unlink()
                 continue
-            if path.is_dir():
-                with _locked(path, wait=False) as held:
-                    if not held:
-                        continue
+            with _locked(path, wait=False) as held:
+                if not held:
+                    continue
+                if path.is_dir():
                     _clear(path, path.with_name(path.name[1:].rsplit(SCRATCH, 1)[0]))
-            else:
-                path.unlink()
-        except FileNotFoundError:  # another process sweeps here too
+                else:
+                    path.unlink()
+        except (FileNotFoundError, PermissionError):  # another process sweeps here too; or it is another person's
             continue
         removed.append(path)
     return removed
 
 
 @contextlib.contextmanager
-def _locked(directory: Path, *, wait: bool) -> Iterator[bool]:
-    """Hold the lock on a scratch directory; False where another process does (without `wait`), or it is gone."""
+def _locked(scratch: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the lock on scratch; False where another process does (without `wait`), or it is gone."""
     try:
-        handle = os.open(directory, os.O_RDONLY)
+        handle = os.open(scratch, os.O_RDONLY | os.O_NONBLOCK)  # a pipe that somebody put there is not waited for
     except FileNotFoundError:
         yield False
         return
@@ -249,9 +253,28 @@ def refuse_existing(target: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file, whole or not at all, over what stands there. Raises DiskFullError when the disk runs full."""
-    with new_file(path, replace=True) as scratch:
-        scratch.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    """Write a file, whole or not at all, over what stands there. Raises DiskFullError when the disk runs full.
+
+    Its scratch is a locked file, not a directory: the rename that publishes it leaves nothing to be cleared up.
+    """
+    path = Path(path)
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    with room_for(path), _place_for(path):
+        sweep_scratch(path.parent, f".{path.name}{SCRATCH}")
+        published = False
+        while not published:
+            scratch = _scratch_name(path)
+            try:
+                with scratch.open("xb") as file, _locked(scratch, wait=True) as held:
+                    if held and scratch.exists():  # else somebody swept it before it was locked
+                        file.write(data)
+                        file.flush()
+                        sync(scratch)
+                        scratch.replace(path)
+                        published = True
+            finally:
+                scratch.unlink(missing_ok=True)
+        sync(path.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,5 +1,6 @@
 """Directories and files appear whole or not at all."""
 
+import os
 import re
 import threading
 from pathlib import Path
@@ -181,6 +182,27 @@ def test_what_a_killed_process_left_goes_with_the_next_work_on_the_same_target(t
         assert not any(path.exists() for path in left), left
         raise RuntimeError
     _made(tmp_path / ".out.tmp-full", "x")
+    write_whole(tmp_path / "out", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_on_its_way_is_nobodys_to_sweep_and_its_rename_is_the_end_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after it leaves nothing."""
+    seen: list[list[str]] = []
+
+    def look(path: Path) -> None:
+        assert sweep_scratch(tmp_path) == []
+        seen.append(sorted(one.name for one in tmp_path.iterdir()))
+
+    monkeypatch.setattr(publishing, "sync", look)
+    write_whole(tmp_path / "out", "x")
+    assert len(seen) == 2 and seen[0][0].startswith(".out.tmp-") and seen[1] == ["out"]
+
+
+def test_a_pipe_in_the_place_of_scratch_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".out.tmp-pipe")
     write_whole(tmp_path / "out", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
