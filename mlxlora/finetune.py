@@ -19,7 +19,7 @@ from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.data.feed import Feed
 from mlxlora.data.load import Rows, places_of
-from mlxlora.engine import EngineConfig
+from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import ConfigError
 from mlxlora.files import plain
 from mlxlora.memory import limit_of, limited
@@ -181,12 +181,11 @@ def session(
         training = choice.training
         batches, held_out = feeds(splits, samples, training)
         optimizer.steps = count_steps(batches, training)
+        kept = keep_frozen(engine, batches, training, optimizer.steps, run.path)
         expected = outlook(
             batches, held_out, choice.forecast, optimizer.steps,
-            count_validations(batches, training, optimizer.steps),
+            count_validations(batches, training, optimizer.steps), engine.frozen_kept,
         )  # fmt: skip
-        epochs = optimizer.steps / steps_in(batches, training, 0)
-        kept = engine.keep_frozen(int(splits.train.lengths.sum()), epochs, FROZEN, run.path)
         state = run.latest()
         run.require_space(starting_state(network, optimizer), keep=training.keep)
         run.chosen = choice.kept(settings["training"])
@@ -238,6 +237,14 @@ def feeds(splits: DataSplits, samples: SamplesConfig, training: TrainingConfig) 
     batching = training.batching(samples)
     held_out = None if splits.valid is None else Feed(splits.valid, batching, 0, shuffle=False)
     return Feed(splits.train, batching, training.seed), held_out
+
+
+def keep_frozen(
+    engine: Engine, batches: Feed, training: TrainingConfig, steps: int, directory: Path | None = None
+) -> str | None:
+    """Have the engine compute once what frozen blocks make of a text, where that pays; returns what is to be said."""
+    epochs = steps / steps_in(batches, training, 0)
+    return engine.keep_frozen(int(batches.dataset.lengths.sum()), epochs, FROZEN, directory)
 
 
 def starting_state(network: nn.Module, optimizer: Optimizer) -> TrainingState:

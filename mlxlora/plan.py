@@ -15,7 +15,7 @@ from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.data import load as load_data
 from mlxlora.engine import EngineConfig
 from mlxlora.files import human_bytes
-from mlxlora.finetune import feeds, refuse_pointless
+from mlxlora.finetune import feeds, keep_frozen, refuse_pointless
 from mlxlora.macs import MEMORIES, mac, working_set
 from mlxlora.memory import SAFE_SHARE, limit_of
 from mlxlora.model import LanguageModel, load
@@ -148,10 +148,11 @@ def plan(
         batches, held_out = feeds(splits, samples, choice.training or training)
         steps = count_steps(batches, choice.training or training)
         validations = count_validations(batches, choice.training or training, steps)
-        expected = outlook(batches, held_out, told, steps, validations)
         smallest = advice(forecaster, choice.forecast, training, limit) if not fits else ""
         table = contexts(forecaster, training, told.shape)
         most = forecaster.most_tokens(told.shape, limit)
+        keep_frozen(ready.engine, batches, choice.training or training, steps)
+        expected = outlook(batches, held_out, told, steps, validations, ready.engine.frozen_kept)
         notes = [*architecture.silently_wrong(loaded.config), *ready.engine.notes]
     timed = fits and for_ is None
     return Plan(

@@ -45,12 +45,14 @@ class Account:
     few:     the same for the step over a few blocks
     by_loss: what of the peak is the loss alone, where the loss is where the peak is; else 0
     seconds: how long a step takes
+    frozen:  what of that the blocks take that make the same of a text in every epoch
     """
 
     peak: int
     few: int
     by_loss: int
     seconds: float
+    frozen: float = 0.0
 
 
 def account(
@@ -93,6 +95,7 @@ def account(
         few=real.over,
         by_loss=loss if level + loss >= top else 0,
         seconds=slower * sum(part.seconds for part in whole),
+        frozen=slower * sum(part.seconds for part in whole[: chain.frozen]),
     )
 
 

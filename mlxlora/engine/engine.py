@@ -39,6 +39,7 @@ class Engine:
     Attributes:
         notes: what had to be computed in a slower or larger way for this model, and why
         keeps_squares: whether some layer keeps tokens × tokens, so that memory grows with the square of a row's length
+        frozen_kept: the share of what frozen blocks make of the texts that is computed once; see `keep_frozen`
     """
 
     def __init__(self, network: nn.Module, config: EngineConfig | None = None) -> None:
@@ -48,6 +49,7 @@ class Engine:
         self._anatomy = dissect(network, self.notes)
         self._steering = Steering(network)
         self.keeps_squares = False
+        self.frozen_kept = 0.0
         self._linear = self._attention_is_linear()
         self._refusal: str | None = None
         self._asked_to_pack = False
@@ -135,8 +137,10 @@ class Engine:
         Returns what a person should know of it; None where it does not pay, and everything stays as it was.
         """
         size = tokens * self._anatomy.width * self._anatomy.dtype.size
-        if self._chain is None or not self._chain.frozen or not pays(epochs, min(1.0, limit / max(size, 1))):
+        share = min(1.0, limit / max(size, 1))
+        if self._chain is None or not self._chain.frozen or not pays(epochs, share):
             return None
+        self.frozen_kept = share
         self._chain.keep_frozen(limit, directory, self._linear, self.config.attention_chunk)
         where = "in memory" if directory is None else "on disk"
         return (

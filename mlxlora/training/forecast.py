@@ -44,6 +44,7 @@ class Forecast:
     step, update, validation:  what comes on top, one after the other
     by_loss: what of the step is the loss alone, where it decides; else 0
     seconds: of one step, all of its micro-batches, without the update
+    frozen_seconds: what of them the blocks take that make the same of a text in every epoch
     update_seconds: of the update that ends it
     validation_seconds: of the largest batch to validate on
     unpadded: whether the engine leaves out padding, where that is worth it
@@ -64,6 +65,7 @@ class Forecast:
     validation_seconds: float
     unpadded: bool
     update_seconds: float
+    frozen_seconds: float = 0.0
 
     @property
     def computed(self) -> int:
@@ -123,6 +125,7 @@ class Forecaster:
             validation_seconds=validating.seconds,
             unpadded=self.engine.leaves_out_padding,
             update_seconds=self.update_seconds,
+            frozen_seconds=step.frozen * accumulate,
         )
 
     def step(self, shape: Shape, *, gradients: bool = True) -> Account:
@@ -210,12 +213,20 @@ class Outlook:
     seconds: float
 
 
-def outlook(feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, validations: int) -> Outlook:
-    """How long `steps` steps over `feed` take, and so many validations, at the pace of the probed batches."""
+def outlook(
+    feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, validations: int, frozen_kept: float = 0.0
+) -> Outlook:
+    """How long `steps` steps over `feed` take, and so many validations, at the pace of the probed batches.
+
+    frozen_kept: the share of what frozen blocks make of the texts that is computed once (`Engine.frozen_kept`)
+    """
     tokens = int(feed.dataset.lengths.sum())
-    epoch = computed_of(feed.plan(0), feed.dataset, forecast.unpadded)
+    plan = feed.plan(0)
+    epoch = computed_of(plan, feed.dataset, forecast.unpadded)
     share = steps * forecast.accumulate / max(len(epoch), 1)
-    seconds = int(epoch.sum()) * share * forecast.seconds / (forecast.computed * forecast.accumulate)
+    first = min(share, tokens / max(int(plan.filled(feed.dataset.lengths).sum()), 1))  # in epochs; an epoch may repeat
+    spared = frozen_kept * (share - first) * forecast.frozen_seconds
+    seconds = int(epoch.sum()) * (share * forecast.seconds - spared) / (forecast.computed * forecast.accumulate)
     seconds += steps * forecast.update_seconds
     speed = tokens * share / max(seconds, 1e-9)
     if held_out is not None:
@@ -227,5 +238,6 @@ def outlook(feed: Feed, held_out: Feed | None, forecast: Forecast, steps: int, v
 def scaled(account: Account, by: float, slower: float) -> Account:
     """The account of a batch that takes so many times as much memory and time."""
     return Account(
-        round(account.peak * by), round(account.few * by), round(account.by_loss * by), account.seconds * slower
-    )
+        round(account.peak * by), round(account.few * by), round(account.by_loss * by), account.seconds * slower,
+        account.frozen * slower,
+    )  # fmt: skip

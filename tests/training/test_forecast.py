@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,9 +18,11 @@ from mlxlora.data import BatchConfig, SamplesConfig, load
 from mlxlora.data.feed import Feed
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.engine.account import Account
+from mlxlora.engine.blocks import BlockFunctions
 from mlxlora.finetune import finetune
 from mlxlora.objectives.sft import sft
 from mlxlora.parameters import flat
+from mlxlora.plan import plan
 from mlxlora.tokenizer import Tokenizer
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.events import Event, Finished, Started
@@ -194,6 +197,62 @@ def test_an_optimizer_is_gone_when_nobody_holds_it() -> None:
         assert mx.get_active_memory() - before < 1_000_000
     finally:
         gc.enable()
+
+
+class Ticks:
+    """A clock by which everything between two looks at it takes one second."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+@pytest.mark.parametrize(("layers", "frozen"), [(2, 4), ("all", 0)])
+def test_frozen_blocks_are_foretold_as_often_as_they_run(
+    layers: Any, frozen: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part of a step counts one: no clock is looked at."""
+    blocks, size, epochs = 6, 5, 3
+    tiny.model_directory(tmp_path / "model", "llama", num_hidden_layers=blocks)
+    rows = [json.dumps({"text": f"number {100 + number} " * 30}) for number in range(size)]  # all of one length
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    monkeypatch.setattr("mlxlora.engine.account.time", Ticks())
+    asked: list[Any] = []
+    run: list[str] = []
+
+    def told(*arguments: Any) -> Any:
+        asked.append(arguments)
+        return outlook(*arguments)
+
+    def counted(name: str) -> None:
+        real = getattr(BlockFunctions, name)
+        monkeypatch.setattr(BlockFunctions, name, lambda *given: run.append(name) or real(*given))
+
+    for module in ("finetune", "plan"):
+        monkeypatch.setattr(sys.modules[f"mlxlora.{module}"], "outlook", told)
+    common = (str(tmp_path / "model"), [str(tmp_path / "rows.jsonl")])
+    options: dict[str, Any] = {
+        "samples": SamplesConfig(validation_split=0), "adapter": AdapterConfig(rank=2, layers=layers),
+        "training": TrainingConfig(batch_size=1, epochs=epochs, checkpoint_blocks="products"),
+    }  # fmt: skip
+    plan(*common, **options)
+    for name in ("forward", "backward"):
+        counted(name)
+    finetune(*common, tmp_path / "run", on_event=lambda e: run.clear() if isinstance(e, Started) else None, **options)
+
+    seconds = []
+    for feed, held_out, forecast, steps, validations, kept in asked:
+        assert (steps, kept) == (size * epochs, 1.0 if frozen else 0.0)
+        parts = blocks + 1 + (blocks - frozen) + 1  # forward, the loss, backward, the end
+        assert forecast.frozen_seconds / forecast.seconds == pytest.approx(frozen / parts)
+        alone = replace(forecast, update_seconds=0.0, seconds=float(parts), frozen_seconds=float(frozen))
+        seconds.append(outlook(feed, held_out, alone, steps, validations, kept).seconds)
+    unkept = size * epochs * (2 * blocks - frozen)
+    assert seconds == pytest.approx([len(run) + size * epochs * 2] * 2)
+    assert len(run) == unkept - size * (epochs - 1) * frozen
 
 
 def test_every_update_of_a_run_takes_its_time(tmp_path: Path) -> None:
