@@ -76,9 +76,9 @@ def serve(
     loaded = load(model, revision=revision, trust_remote_code=trust_remote_code, adapter=adapter or ())
     server = Server(loaded, host=host, port=port, token=given, origins=origins or (), max_tokens=max_tokens)
     names = ", ".join(server.rules.names())
-    print(f"Listening on {server.address}/v1 (models: {names}). Ctrl-C stops.", file=sys.stderr, flush=True)
     with server:
         try:
+            print(f"Listening on {server.address}/v1 (models: {names}). Ctrl-C stops.", file=sys.stderr, flush=True)
             server.wait()
         except KeyboardInterrupt:
             print("stopping", file=sys.stderr)

@@ -8,9 +8,11 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -175,6 +177,24 @@ def test_other_verbs_end_at_once_and_clear_up(place: Path, number: signal.Signal
     last = said.read_text().splitlines()[-1]
     assert last == ("interrupted" if number == signal.SIGINT else f"stopped by {number.name}")
     assert not list(work.iterdir())
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_server_ends_as_it_should(place: Path, number: signal.Signals) -> None:
+    """That is how one is stopped, so it is no failure; what it has done is told."""
+    said = place / f"serve-{number.name}.said"
+    process = session.begin(session.command, ["serve", "--model", str(place / "model"), "--port", "0"], said)
+    while process.exitcode is None and not (said.exists() and "Ctrl-C stops" in said.read_text()):
+        time.sleep(0.01)
+    found = re.search(r"Listening on (\S+)", said.read_text())
+    assert found and process.pid is not None, said.read_text()
+    with urllib.request.urlopen(f"{found[1]}/models", timeout=60) as answer:
+        assert json.load(answer)["object"] == "list"
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 0, said.read_text()
+    told = said.read_text()
+    assert "stopping" in told and "Traceback" not in told and told.splitlines()[-1].startswith(found[1][:-3])
 
 
 def test_only_ctrl_c_is_meant_for_an_answer() -> None:
