@@ -86,7 +86,8 @@ def test_uneven_rows_are_foretold_as_they_are_computed(tmp_path: Path, family: s
         training=TrainingConfig(steps=2, batch_size=8), on_event=seen.append,
     )  # fmt: skip
     started, finished = (next(event for event in seen if isinstance(event, kind)) for kind in (Started, Finished))
-    assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.1)  # type: ignore[union-attr]
+    # an array more or less, as one of a CPU's threads is quicker; computed the other way it would be half or double
+    assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.2)  # type: ignore[union-attr]
 
 
 def test_probing_leaves_network_and_optimizer_as_they_were() -> None:
