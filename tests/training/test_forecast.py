@@ -74,7 +74,10 @@ def test_a_run_takes_what_was_foretold(
 
 @pytest.mark.parametrize("family", ["llama", "lfm2"])
 def test_uneven_rows_are_foretold_as_they_are_computed(tmp_path: Path, family: str) -> None:
-    """Laid end to end where the model allows it, padded where it carries a state from token to token."""
+    """Laid end to end where the model allows it, padded where it carries a state from token to token.
+
+    Over several steps: in a single one the peak may miss an array, as one of a CPU's threads is quicker.
+    """
     sizes = SIZES if family == "llama" else {}
     tiny.model_directory(tmp_path / "model", family, num_hidden_layers=2, **sizes)
     rows = [json.dumps({"text": f"number {number} " * 3 * 2**number}) for number in range(5)]
@@ -83,11 +86,10 @@ def test_uneven_rows_are_foretold_as_they_are_computed(tmp_path: Path, family: s
     finetune(
         str(tmp_path / "model"), [str(tmp_path / "rows.jsonl")], tmp_path / "run",
         samples=SamplesConfig(max_length=400, validation_split=0.0),
-        training=TrainingConfig(steps=2, batch_size=8), on_event=seen.append,
+        training=TrainingConfig(steps=8, batch_size=8), on_event=seen.append,
     )  # fmt: skip
     started, finished = (next(event for event in seen if isinstance(event, kind)) for kind in (Started, Finished))
-    # an array more or less, as one of a CPU's threads is quicker; computed the other way it would be half or double
-    assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.2)  # type: ignore[union-attr]
+    assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.1)  # type: ignore[union-attr]
 
 
 def test_probing_leaves_network_and_optimizer_as_they_were() -> None:
