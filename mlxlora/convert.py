@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,12 +15,12 @@ from mlx.utils import tree_map, tree_map_with_path
 from mlxlora import architecture, files, hub, mlxlm, probe, sentencepiece_model, torch_weights, weights
 from mlxlora import model as models
 from mlxlora.commands import command
+from mlxlora.dtypes import Dtype
 from mlxlora.errors import ConfigError, ModelError
 from mlxlora.parameters import flat
 from mlxlora.progress import Progress
 from mlxlora.quantize import Kept, QuantizeConfig, dequantize, quantize
 
-Dtype = Literal["float16", "bfloat16", "float32"]
 # further apart than this from its source, or from transformers, an unquantized model is another one (nats a token)
 LARGEST_KL = 0.02
 REFERENCE_BYTES = 4 << 30  # transformers is asked only about models up to this size

@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # every room may import from rooms of a lower number, and from its own
 LEVEL = {
-    "errors": 0, "version": 0, "commands": 0, "progress": 0, "parameters": 0, "terminal": 0,
+    "errors": 0, "version": 0, "dtypes": 0, "commands": 0, "progress": 0, "parameters": 0, "terminal": 0,
     "files": 1, "memory": 1,
     "mlxlm": 2, "hub": 2, "architecture": 2, "checkpoint_names": 2,
     "tokenizer_file": 2, "sentencepiece_model": 2, "weights": 2, "probe": 2, "quantize": 3,
@@ -54,3 +54,17 @@ def test_no_test_imports_from_a_module_that_skips_itself() -> None:
     assert "test_gguf_vocabulary" in skipping
     wrong = [f"{path.name}: {name}" for path in tests for name in imports(path) if skipping & set(name.split("."))]
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_same_choices_are_listed_in_one_order() -> None:
+    """`typing` keeps one object for equal unions: of two orders, a message shows the one that was imported first."""
+    orders: dict[frozenset[str], set[tuple[str, ...]]] = {}
+    for top in ("mlxlora", "convert"):
+        for path in (ROOT / top).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Subscript) and ast.unparse(node.value) == "Literal":
+                    names = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+                    listed = tuple(map(ast.unparse, names))
+                    orders.setdefault(frozenset(listed), set()).add(listed)
+    assert len(orders) > 20
+    assert not [found for found in orders.values() if len(found) > 1]

@@ -60,7 +60,7 @@ def test_help_lists_the_options_of_groups_that_may_be_left_out(capsys: pytest.Ca
     ("line", "expected"),
     [
         ("eval --model m --data d --split foo", "--split is foo, but must be one of auto, train, valid, test."),
-        ("convert --model m --out q --dtype int8", "--dtype is int8, but must be one of float16, bfloat16, float32."),
+        ("convert --model m --out q --dtype int8", "--dtype is int8, but must be one of float32, float16, bfloat16."),
         ("export --model m --out e.gguf --to gguf --gguf.type q99", "--gguf.type is q99, but must be one of f32"),
         ("train --model m --data d --out o --adapter.layers foo", "a list such as [1, 2] or a whole number or all."),
         ("train --model m --data d --out o --optimizer.betas 0.9", "but must be two numbers such as [0.9, 0.99]."),

@@ -14,6 +14,7 @@ import numpy as np
 
 from mlxlora import mlxlm
 from mlxlora.architecture import spelled_both_ways
+from mlxlora.dtypes import Dtype
 from mlxlora.errors import ConfigError, FormatError, ModelError, Problem
 from mlxlora.files import new_directory, write_json
 from mlxlora.model import load_network
@@ -23,7 +24,7 @@ from mlxlora.tokenizer import Tokenizer
 from mlxlora_convert.gguf_architectures import Family
 from mlxlora_convert.gguf_header import GGUFHeader, read_header
 from mlxlora_convert.gguf_metadata import configuration, read_family
-from mlxlora_convert.gguf_options import Dtype, GGUFImportOptions
+from mlxlora_convert.gguf_options import GGUFImportOptions
 from mlxlora_convert.gguf_read import GGUFWeight, refuse_unreadable
 from mlxlora_convert.gguf_rope import FACTORS, LONG, SHORT
 from mlxlora_convert.gguf_tensors import CHUNK, changed, each_module

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from mlxlora.dtypes import Dtype
 from mlxlora.errors import ConfigError, nearest
 
 GGUFType = Literal["f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "mxfp4"]
-Dtype = Literal["float32", "float16", "bfloat16"]
 TYPES: tuple[str, ...] = get_args(GGUFType)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from mlxlora.dtypes import DTYPES, Dtype
 from mlxlora.errors import ConfigError
 
 
@@ -12,9 +12,9 @@ from mlxlora.errors import ConfigError
 class HuggingFaceOptions:
     """Options of `--to hf`."""
 
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    dtype: Dtype | None = None
     """of the weights (default: as they are; where they are packed, as their scales are)"""
 
     def __post_init__(self) -> None:
-        if self.dtype not in (None, "float32", "float16", "bfloat16"):
-            raise ConfigError(f"--hf.dtype must be float32, float16 or bfloat16, not {self.dtype!r}.")
+        if self.dtype not in (None, *DTYPES):
+            raise ConfigError(f"--hf.dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}.")
