@@ -54,6 +54,27 @@ class Block:
         self.structure = structure(module)
 
 
+@dataclass(frozen=True, slots=True)
+class Invocation:
+    """One block, and what it is called with in a step: hidden states, other arrays, and the key of its dropout."""
+
+    block: Block
+    call: Call
+    layout: Layout
+    x: mx.array
+    sides: Sequence[mx.array]
+    key: mx.array | None
+
+    @property
+    def kind(self) -> tuple[Any, Any]:
+        """Equal for two blocks that compute the same of their arrays."""
+        return self.block.structure, self.call.key()
+
+    def arrays(self) -> tuple[Any, ...]:
+        """All arrays of it, as arguments of a traced function."""
+        return self.block.slots.get(), self.x, list(self.sides), *given(self.layout, self.key)
+
+
 class BlockFunctions:
     """The functions of all blocks of one network, traced as they are needed."""
 
@@ -68,54 +89,27 @@ class BlockFunctions:
         """Forget what was traced."""
         self.traces.clear()
 
-    def forward(
-        self,
-        block: Block,
-        call: Call,
-        layout: Layout,
-        keep: bool,
-        x: mx.array,
-        sides: Sequence[mx.array],
-        key: mx.array | None,
-    ) -> tuple[mx.array, list[mx.array]]:
-        """The block's output for `x`, and, to `keep` for its backward pass, its matrix products."""
-        kind = ("forward", keep, block.structure, call.key(), layout.kind, key is None)
-        function = self.traces.of(kind, self._forward(block, call, layout, keep))
-        out, *kept = function(block.slots.get(), x, list(sides), *given(layout, key))
+    def forward(self, here: Invocation, keep: bool) -> tuple[mx.array, list[mx.array]]:
+        """The block's output, and, to `keep` for its backward pass, its matrix products."""
+        out, *kept = self._traced("forward", here, keep, self._forward(here, keep))(*here.arrays())
         return out, kept
 
-    def again(
-        self,
-        block: Block,
-        call: Call,
-        layout: Layout,
-        x: mx.array,
-        sides: Sequence[mx.array],
-        key: mx.array | None,
-    ) -> list[mx.array]:
-        """The block's matrix products for `x` once more, without those that only its output needs."""
-        kind = ("again", block.structure, call.key(), layout.kind, key is None)
-        function = self.traces.of(kind, self._forward(block, call, layout, keep=True, alone=True))
-        kept: list[mx.array] = function(block.slots.get(), x, list(sides), *given(layout, key))
+    def again(self, here: Invocation) -> list[mx.array]:
+        """The block's matrix products once more, without those that only its output needs."""
+        function = self._traced("again", here, True, self._forward(here, keep=True, alone=True))
+        kept: list[mx.array] = function(*here.arrays())
         return kept
 
     def backward(
-        self,
-        block: Block,
-        call: Call,
-        layout: Layout,
-        x: mx.array,
-        sides: Sequence[mx.array],
-        key: mx.array | None,
-        kept: Sequence[mx.array],
-        cotangent: mx.array,
-        further: bool,
+        self, here: Invocation, kept: Sequence[mx.array], cotangent: mx.array, further: bool
     ) -> tuple[list[mx.array], mx.array | None]:
         """The gradients of the block's learned arrays, and, if one is wanted `further` down, of its input."""
-        kind = ("backward", further, block.structure, call.key(), layout.kind, key is None)
-        function = self.traces.of(kind, self._backward(block, call, layout, further))
-        grads: list[mx.array] = function(block.slots.get(), x, list(sides), list(kept), cotangent, *given(layout, key))
+        function = self._traced("backward", here, further, self._backward(here, further))
+        grads: list[mx.array] = function(*here.arrays(), list(kept), cotangent)
         return (grads[:-1], grads[-1]) if further else (grads, None)
+
+    def _traced(self, what: str, here: Invocation, how: bool, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.traces.of((what, how, *here.kind, here.layout.kind, here.key is None), function)
 
     def _template(self, block: Block) -> tuple[Block, Products]:
         """The block that stands for all of its structure."""
@@ -123,12 +117,11 @@ class BlockFunctions:
             self._templates[block.structure] = (block, Products(block.module))
         return self._templates[block.structure]
 
-    def _forward(
-        self, block: Block, call: Call, layout: Layout, keep: bool, alone: bool = False
-    ) -> Callable[..., list[mx.array]]:
+    def _forward(self, here: Invocation, keep: bool, alone: bool = False) -> Callable[..., list[mx.array]]:
         """The output and what is kept; or that `alone`."""
-        block, products = self._template(block)
-        unread = self._unread.get((block.structure, call.key()), frozenset())
+        block, products = self._template(here.block)
+        call, layout = here.call, here.layout  # and not `here`, whose arrays a trace would keep
+        unread = self._unread.get(here.kind, frozenset())
 
         def forward(
             arrays: list[mx.array], x: mx.array, sides: list[mx.array], segments: list[mx.array], key: list[mx.array]
@@ -142,19 +135,20 @@ class BlockFunctions:
 
         return forward
 
-    def _backward(self, block: Block, call: Call, layout: Layout, further: bool) -> Callable[..., Any]:
-        block, products = self._template(block)
-        unread = self._unread.get((block.structure, call.key()), frozenset())
+    def _backward(self, here: Invocation, further: bool) -> Callable[..., list[mx.array]]:
+        block, products = self._template(here.block)
+        call, layout = here.call, here.layout
+        unread = self._unread.get(here.kind, frozenset())
         slots = block.slots
 
         def backward(
             arrays: list[mx.array],
             x: mx.array,
             sides: list[mx.array],
-            kept: list[mx.array],
-            cotangent: mx.array,
             segments: list[mx.array],
             key: list[mx.array],
+            kept: list[mx.array],
+            cotangent: mx.array,
         ) -> list[mx.array]:
             def again(*primals: mx.array) -> mx.array:
                 hidden, learned = (primals[-1], primals[:-1]) if further else (x, primals)
@@ -181,26 +175,25 @@ class BlockFunctions:
             finally:
                 set_block_key(block.module, None)
 
-    def learn_needs(self, block: Block, call: Call, layout: Layout, x: mx.array, sides: Sequence[mx.array]) -> None:
+    def learn_needs(self, here: Invocation) -> None:
         """Find out, on a small batch, what the products of such a block need.
 
         Which layers share their input, and which products the backward pass never looks at (the last before a
         residual sum, say): each in turn is replaced by "not a number"; if every gradient stays what it was to the bit,
         nobody read it.
         """
-        name = (block.structure, call.key())
-        if name in self._unread:
+        if here.kind in self._unread:
             return
         self.traces.clear()
-        _, products = self._template(block)
+        _, products = self._template(here.block)
         with products.looking():
-            self.forward(block, call, layout, True, x, sides, None)
-        out, kept = self.forward(block, call, layout, True, x, sides, None)
+            self.forward(here, keep=True)
+        out, kept = self.forward(here, keep=True)
         sites = self._sites
         slope = mx.random.normal(out.shape, key=mx.random.key(0)).astype(out.dtype)
 
         def gradients(kept: list[mx.array]) -> list[mx.array]:
-            grads, last = self.backward(block, call, layout, x, sides, None, kept, slope, True)
+            grads, last = self.backward(here, kept, slope, further=True)
             return [*grads, *([] if last is None else [last])]
 
         expected = gradients(kept)
@@ -213,7 +206,7 @@ class BlockFunctions:
             found = gradients(spoilt)
             if not all(mx.array_equal(a, b).item() for a, b in zip(found, expected, strict=True)):
                 unread.discard(site)
-        self._unread[name] = frozenset(unread)
+        self._unread[here.kind] = frozenset(unread)
         self.traces.clear()
 
 

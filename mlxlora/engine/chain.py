@@ -16,7 +16,7 @@ import numpy as np
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.anatomy import Anatomy, tolerance
-from mlxlora.engine.blocks import Block, BlockFunctions
+from mlxlora.engine.blocks import Block, BlockFunctions, Invocation
 from mlxlora.engine.dropout import split_key
 from mlxlora.engine.ends import Ends, NotAChain
 from mlxlora.engine.frozen import FrozenStates
@@ -58,7 +58,7 @@ class Chain:
             layout = Layout(linear, chunk=attention_chunk)
             x, calls = self.ends.start(tokens, layout, None)
             for block, (call, sides) in zip(self.blocks[: self.first], calls, strict=False):
-                x, _ = self.functions.forward(block, call, layout, False, x, sides, None)
+                x, _ = self.functions.forward(Invocation(block, call, layout, x, sides, None), keep=False)
                 mx.async_eval(x)
             return x
 
@@ -81,7 +81,7 @@ class Chain:
             self.ends.look(layout, batch.tokens)
             x, calls = self.ends.start(batch.tokens, layout, None)
             for block, (call, sides) in zip(self.blocks, calls, strict=True):
-                self.functions.learn_needs(block, call, layout, x, sides)
+                self.functions.learn_needs(Invocation(block, call, layout, x, sides, None))
             found = self.run(likelihood, batch, layout, None, True, kept)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
             raise NotAChain(f"its blocks cannot be called one by one ({failure})") from failure
@@ -97,27 +97,24 @@ class Chain:
 
         kept: of how many upper blocks the matrix products are kept; of those below, only the inputs
         """
-        keys = None if key is None else split_key(key, len(self.blocks))
-        outer = None if keys is None else keys[-1]
+        keys = [None] * (len(self.blocks) + 1) if key is None else split_key(key, len(self.blocks))
+        outer = keys[-1]
         x, calls = self.ends.start(batch.tokens, layout, outer)
-        inputs: list[mx.array | None] = []
-        products: list[list[mx.array]] = []
+        done: list[tuple[Invocation, list[mx.array]]] = []  # what has a backward pass, with its products
         skipped = 0
         # the weights are as the data loader made them: nothing in flight is waited for
         if self._frozen is not None and gradients and np.array(batch.weights).any():
             x, skipped = self._frozen.rows(batch), self.first
-            inputs, products = [None] * skipped, [[] for _ in range(skipped)]
         for index in self.running[skipped:]:
             self.part = ("forward", index)
-            block, (call, sides) = self.blocks[index], calls[index]
-            keeps = gradients and (index >= self.first or self.ends.learns)
-            inputs.append(x if keeps else None)
-            keep = keeps and self.keeps(index, kept)
-            x, found = self.functions.forward(
-                block, call, layout, keep, x, sides, None if keys is None else keys[index]
-            )
-            products.append(found)
-            self.send(x, *found)
+            call, sides = calls[index]
+            here = Invocation(self.blocks[index], call, layout, x, sides, keys[index])
+            learns = gradients and index >= self.lowest
+            x, products = self.functions.forward(here, keep=learns and self.keeps(index, kept))
+            if learns:
+                done.append((here, products))
+            del here
+            self.send(x, *products)
         self.part = FINISH
         outcome, slope, outer_grads = self.ends.finish(objective, batch, layout, outer, x, gradients)
         if slope is None:
@@ -127,22 +124,16 @@ class Chain:
         grads: dict[str, mx.array] = {}
         for index in reversed([index for index in self.running if index >= self.lowest]):
             self.part = ("backward", index)
-            block, (call, sides) = self.blocks[index], calls[index]
-            given = inputs.pop()
-            while given is None:
-                given = inputs.pop()
-            further = self.further(index)
-            assert slope is not None
-            key_of = None if keys is None else keys[index]
-            found = products.pop()
+            here, products = done.pop()
             if not self.keeps(index, kept):
-                found = self.functions.again(block, call, layout, given, sides, key_of)
-            found, slope = self.functions.backward(block, call, layout, given, sides, key_of, found, slope, further)
-            del given
+                products = self.functions.again(here)
+            assert slope is not None
+            found, slope = self.functions.backward(here, products, slope, self.further(index))
+            del here, products
             self.send(found, *([] if slope is None else [slope]))
-            path = self._anatomy.paths[index]
-            for at, grad in zip(block.slots.trainable, found, strict=True):
-                grads[f"{path}.{block.slots.paths[at]}"] = grad
+            path, slots = self._anatomy.paths[index], self.blocks[index].slots
+            for at, grad in zip(slots.trainable, found, strict=True):
+                grads[f"{path}.{slots.paths[at]}"] = grad
         self.part = END
         if self.ends.learns and slope is not None:
             more = self.ends.start_gradient(batch.tokens, layout, outer, slope)

@@ -32,7 +32,7 @@ def watched(engine: Engine) -> list[Any]:
     calls: list[Any] = []
     assert engine._chain is not None
     first: Any = engine._chain.functions.forward
-    engine._chain.functions.forward = lambda block, *rest: calls.append(block) or first(block, *rest)  # type: ignore
+    engine._chain.functions.forward = lambda here, keep: calls.append(here.block) or first(here, keep)  # type: ignore
     return calls
 
 

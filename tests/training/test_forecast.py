@@ -230,7 +230,7 @@ def test_frozen_blocks_are_foretold_as_often_as_they_run(
 
     def counted(name: str) -> None:
         real = getattr(BlockFunctions, name)
-        monkeypatch.setattr(BlockFunctions, name, lambda *given: run.append(name) or real(*given))
+        monkeypatch.setattr(BlockFunctions, name, lambda *given, **how: run.append(name) or real(*given, **how))
 
     for module in ("finetune", "plan"):
         monkeypatch.setattr(sys.modules[f"mlxlora.{module}"], "outlook", told)
