@@ -22,7 +22,7 @@ from mlxlora.model import LanguageModel, load
 from mlxlora.objectives.sft import sft
 from mlxlora.progress import Progress
 from mlxlora.reporting.clock import clock
-from mlxlora.training.choice import GRADES, Prepared, advice, prepare, shapes
+from mlxlora.training.choice import Prepared, advice, prepare, shapes
 from mlxlora.training.config import TrainingConfig
 from mlxlora.training.forecast import Forecast, Forecaster, outlook
 from mlxlora.training.optimizer import OptimizerConfig
@@ -229,7 +229,7 @@ def room(loaded: LanguageModel, splits: DataSplits, *, limit: int, **options: An
 def contexts(forecaster: Forecaster, training: TrainingConfig, shape: Shape) -> dict[int, dict[str, int]]:
     """The peak by context length and way of checkpointing, one row a batch. Leaves the engine set to the smallest."""
     table: dict[int, dict[str, int]] = {length: {} for length in CONTEXTS}
-    for kept in GRADES if training.blocks == "auto" else (training.blocks,):
+    for kept in forecaster.engine.grades if training.blocks == "auto" else (training.blocks,):
         forecaster.engine.use(kept, training.loss_chunk or 0)
         known: list[Forecast] = []
         for length in CONTEXTS:

@@ -14,7 +14,7 @@ from mlxlora.data.sample import Batch
 from mlxlora.engine.account import Account, account
 from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
 from mlxlora.engine.chain import Chain
-from mlxlora.engine.config import CheckpointBlocks, EngineConfig
+from mlxlora.engine.config import CheckpointBlocks, EngineConfig, Grade
 from mlxlora.engine.ends import NotAChain
 from mlxlora.engine.frozen import pays
 from mlxlora.engine.general import General
@@ -22,7 +22,7 @@ from mlxlora.engine.masks import Layout, Steering, counting, layout_of, unseeing
 from mlxlora.engine.packing import end_to_end, packing_refusal
 from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
-from mlxlora.errors import UnsupportedError
+from mlxlora.errors import ConfigError, UnsupportedError
 from mlxlora.files import human_bytes
 from mlxlora.parameters import flat
 
@@ -55,6 +55,9 @@ class Engine:
         self._asked_to_pack = False
         self._general: General | None = None
         self._chain = self._verified_chain()
+        all_kept = self.config.checkpoint_blocks == "none"
+        self._recomputes = self._chain is None and not all_kept and self._blocks_recompute()
+        self._refuse(self.config.checkpoint_blocks)
 
     def value_and_grad(
         self, objective: Objective, batch: Batch, key: mx.array | None = None
@@ -82,7 +85,7 @@ class Engine:
 
     def _whole(self) -> General:
         if self._general is None:
-            recompute = self.config.checkpoint_blocks != "none" and self._blocks_recompute()
+            recompute = self.config.checkpoint_blocks != "none" and self._recomputes
             compiled = self.config.compiles
             self._general = General(self._anatomy, self._steering, self.config.loss_chunk, recompute, compiled)
         return self._general
@@ -105,8 +108,29 @@ class Engine:
         """Of how many of so many blocks the products are kept."""
         kept = self.config.checkpoint_blocks
         if isinstance(kept, int):
-            return min(kept, blocks)
+            return kept
         return 1 if kept == "inputs" else blocks
+
+    @property
+    def grades(self) -> tuple[Grade, ...]:
+        """What of this model's blocks may be kept, where that is open: the fastest first."""
+        if self._chain is not None:
+            return "products", "inputs"
+        return ("none", "inputs") if self._recomputes else ("none",)
+
+    def _refuse(self, kept: CheckpointBlocks) -> None:
+        """Raise where that cannot be kept of this model's blocks."""
+        if isinstance(kept, int) and kept > len(self._anatomy.blocks):
+            raise ConfigError(
+                f"checkpoint_blocks: the products of the upper {kept} blocks were asked for; this model has "
+                f"{len(self._anatomy.blocks)}."
+            )
+        if self._chain is None and kept not in ("auto", "none", *self.grades):
+            raise UnsupportedError(
+                f"checkpoint_blocks is {kept}, but a step of this model is one graph, in which a block keeps "
+                f"{'everything or its input' if self._recomputes else 'everything'}. Set it to "
+                f"{' or '.join(self.grades)}, or leave it open (auto)."
+            )
 
     @property
     def learning_blocks(self) -> int:
@@ -163,6 +187,7 @@ class Engine:
 
     def use(self, checkpoint_blocks: CheckpointBlocks, loss_chunk: int) -> None:
         """Keep this much of each block from now on, and make the logits of so many tokens at a time (0: by shape)."""
+        self._refuse(checkpoint_blocks)
         self.config = replace(self.config, checkpoint_blocks=checkpoint_blocks, loss_chunk=loss_chunk)
         if self._chain is not None:
             self._chain.ends.head.chunk = loss_chunk

@@ -145,6 +145,8 @@ class Products:
                     tape.note(out, result)
                 return out
             out = inner(*args, **kwargs)
+            if not isinstance(out, mx.array):
+                raise TypeError("a layer of a block returns more than one array")
             tape.settle(place_of_module, out)
             tape.write(place_of_module, out)
             return out

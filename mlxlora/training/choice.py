@@ -1,16 +1,16 @@
 """What a run leaves open of its memory, and what is chosen for it: the fastest that fits.
 
-In the order in which they are tried: what is kept of each block (matrix products, then only the input), and under each
-the rows of a micro-batch (4, 2, 1; a step sees as many samples whatever they are, in more micro-batches), and where the
-loss is what takes the most, the number of tokens whose logits exist at a time. Halving a batch costs little as long as
-it fills the device, so it comes before the second forward pass of `inputs`. Where the inputs of all blocks fit and the
-products of all do not, the products of as many upper blocks are kept as there is room for: each spares the second
-forward pass of a block. What the user has set is never changed.
+In the order in which they are tried: what is kept of each block (see `Engine.grades`), under each the rows of a
+micro-batch (4, 2, 1; a step sees as many samples whatever they are, in more micro-batches), and where the loss is what
+takes the most, the number of tokens whose logits exist at a time. Halving a batch costs little as long as it fills the
+device, so it comes before the second forward pass of `inputs`. Where the inputs of all blocks fit and the products of
+all do not, the products of as many upper blocks are kept as there is room for: each spares the second forward pass of a
+block. What the user has set is never changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ import mlx.nn as nn
 
 from mlxlora.data import DataSplits, SamplesConfig
 from mlxlora.engine import Engine, EngineConfig, Objective
-from mlxlora.engine.config import CheckpointBlocks, Grade
+from mlxlora.engine.config import CheckpointBlocks
 from mlxlora.engine.token_loss import chunk_length
 from mlxlora.errors import UnsupportedError
 from mlxlora.files import human_bytes
@@ -29,7 +29,6 @@ from mlxlora.training.optimizer import Optimizer, OptimizerConfig, build
 from mlxlora.training.shapes import Shape, largest
 
 ShapesOf = Callable[[TrainingConfig, bool], tuple[Shape, Shape | None]]
-GRADES: tuple[Grade, ...] = ("products", "inputs")  # fastest first
 FILLS = 512  # tokens of a micro-batch that keep a device busy: below this, halving it is no gain
 SMALLER = "Take a smaller model, or quantize it: mlxlora convert --quantize.bits 4."
 FEWEST = 64  # tokens of a row below which there is nothing to learn
@@ -143,11 +142,10 @@ def described(forecast: Forecast) -> str:
     return f"checkpoint_blocks {forecast.checkpoint_blocks}, {batch}{chunk}"
 
 
-def settings(training: TrainingConfig) -> Iterator[TrainingConfig]:
-    """The options with what they leave open filled in, fastest first."""
+def settings(training: TrainingConfig, grades: Sequence[CheckpointBlocks]) -> Iterator[TrainingConfig]:
+    """The options with what they leave open filled in, fastest first. grades: what may be kept of each block"""
     free = training.batch_size is None and training.tokens_per_batch is None
-    grades: tuple[CheckpointBlocks, ...] = GRADES if training.blocks == "auto" else (training.blocks,)
-    for grade in grades:
+    for grade in grades if training.blocks == "auto" else (training.blocks,):
         rows = ROWS
         while True:
             filled = replace(training, checkpoint_blocks=grade)
@@ -172,7 +170,7 @@ def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf
     shapes_of: see `shapes`
     """
     tried: list[Forecast] = []
-    open_ = list(settings(training))
+    open_ = list(settings(training, forecaster.engine.grades))
     free = len(open_) > 1
     for setting in open_:
         shape, held_out = shapes_of(setting, forecaster.engine.leaves_out_padding)
@@ -184,7 +182,7 @@ def choose(forecaster: Forecaster, training: TrainingConfig, shapes_of: ShapesOf
             tried.append(found)
             if found.peak <= limit:
                 chosen = replace(setting, loss_chunk=chunk or None)
-                if (training.blocks, setting.blocks) == ("auto", "inputs"):
+                if (training.blocks, setting.blocks) == ("auto", "inputs") and forecaster.engine.learning_blocks > 1:
                     chosen = _keep_more(forecaster, chosen, training, shapes_of, limit, tried)
                 return Choice(chosen, tried, free)
             if not found.by_loss:
@@ -216,8 +214,8 @@ def _keep_more(
 
     smaller = [
         replace(one, loss_chunk=fits.loss_chunk)
-        for one in settings(training)
-        if one.blocks == "inputs" and one.accumulate > fits.accumulate and shapes_of(one, unpadded)[0].tokens >= FILLS
+        for one in settings(training, ["inputs"])
+        if one.accumulate > fits.accumulate and shapes_of(one, unpadded)[0].tokens >= FILLS
     ]
     best = max([fits, *smaller], key=share)
     known: dict[int, Forecast] = {}

@@ -29,8 +29,8 @@ class TrainingConfig:
     """micro-batches a step; gradients are weighted by trained tokens, so this equals one batch of all of them"""
     checkpoint_blocks: bool | int | Literal["auto", "none", "products", "inputs"] = "auto"
     """gradient checkpointing: none (= false) keeps everything, products keeps matrix products, inputs (= true) keeps
-    only the input of each block, a number keeps the products of so many upper blocks; auto keeps as many products as
-    fit"""
+    only the input of each block, a number keeps the products of so many upper blocks (at most all); auto keeps as many
+    products as fit; where a step is one graph (a note says so), only none and inputs are there to choose from"""
     loss_chunk: int | None = None
     """tokens whose logits exist at a time; default as many as suit vocabulary and memory"""
     validate_every: int | None = None

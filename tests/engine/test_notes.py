@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from mlxlora import mlxlm
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.engine import Engine, EngineConfig
 from mlxlora.errors import UnsupportedError
 from mlxlora.objectives.sft import sft
 from tests import reference, tiny
+from tests.architectures import small
 
 SQUARES = "attention keeps tokens × tokens"
 OTHERWISE = "tokens see each other by more than attention"
@@ -50,3 +52,16 @@ def test_linear_memory_is_refused_where_there_is_none() -> None:
     inject(network, AdapterConfig(rank=2), seed=0)
     with pytest.raises(UnsupportedError, match="no attention of the usual kind"):
         Engine(network, EngineConfig(attention="linear"))
+
+
+def test_blocks_that_cannot_run_twice_are_told_of_before_the_first_step() -> None:
+    """They hand keys on to others by way of a cache. A lazy look would come when the notes have been shown."""
+    network = mlxlm.build(small.config("afm7"))
+    inject(network, AdapterConfig(rank=2), seed=0)
+    engine = Engine(network)
+    one_graph, kept = engine.notes
+    assert one_graph.endswith("cannot be called one by one (a layer of a block returns more than one array)")
+    assert kept.startswith("everything is kept")
+    assert engine.grades == ("none",)
+    with pytest.raises(UnsupportedError, match=r"checkpoint_blocks is inputs, .* keeps everything\. Set it to none,"):
+        engine.use("inputs", 0)

@@ -9,7 +9,8 @@ import pytest
 from mlxlora.adapters import AdapterConfig, inject
 from mlxlora.engine import EngineConfig
 from mlxlora.engine.account import Account
-from mlxlora.errors import UnsupportedError
+from mlxlora.engine.config import Grade
+from mlxlora.errors import ConfigError, UnsupportedError
 from mlxlora.objectives.sft import sft
 from mlxlora.training.choice import Prepared, prepare, refusal, refuse_hopeless, settings
 from mlxlora.training.config import TrainingConfig
@@ -20,12 +21,14 @@ from tests import tiny
 
 LENGTH = 256
 PLENTY = 10**10
+GRADES: tuple[Grade, ...] = ("products", "inputs")
 MB = 1_000_000
 BLOCKS = 8
 UNEVEN: dict[int, int] = {}  # what the products of so many blocks take beyond their share
 # what a step takes, in MB: (kept, rows) → all of it, and of that the loss where it decides
 TAKES = {
     ("products", 4): (90, 0), ("products", 2): (60, 0), ("products", 1): (45, 0),
+    ("none", 4): (95, 0), ("none", 2): (65, 0), ("none", 1): (50, 0),
     ("inputs", 4): (55, 0), ("inputs", 2): (40, 0), ("inputs", 1): (30, 20),
 }  # fmt: skip
 
@@ -55,8 +58,9 @@ def prices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Forecaster, "step", step)
 
 
-def ready(limit: int, training: TrainingConfig) -> Prepared:
-    network = tiny.network("llama", num_hidden_layers=BLOCKS)
+def ready(limit: int, training: TrainingConfig, family: str = "llama") -> Prepared:
+    blocks: dict[str, Any] = {"num_hidden_layers": BLOCKS} if family == "llama" else {}
+    network = tiny.network(family, **blocks)
     inject(network, AdapterConfig(rank=4))
     made = prepare(
         network, EngineConfig(), OptimizerConfig(), sft, training, shapes, vocabulary=tiny.VOCABULARY, limit=limit
@@ -66,7 +70,10 @@ def ready(limit: int, training: TrainingConfig) -> Prepared:
 
 
 def test_the_order_of_what_is_tried() -> None:
-    found = [(one.checkpoint_blocks, one.batch_size, one.accumulate) for one in settings(TrainingConfig(accumulate=3))]
+    found = [
+        (one.checkpoint_blocks, one.batch_size, one.accumulate)
+        for one in settings(TrainingConfig(accumulate=3), GRADES)
+    ]
     assert found == [
         ("products", 4, 3), ("products", 2, 6), ("products", 1, 12),
         ("inputs", 4, 3), ("inputs", 2, 6), ("inputs", 1, 12),
@@ -83,7 +90,7 @@ def test_the_order_of_what_is_tried() -> None:
     ],
 )
 def test_what_is_set_is_never_changed(training: TrainingConfig) -> None:
-    for one in settings(training):
+    for one in settings(training, GRADES):
         assert (one.batch_size, one.tokens_per_batch, one.accumulate, one.loss_chunk) == (
             training.batch_size, training.tokens_per_batch, training.accumulate, training.loss_chunk,
         )  # fmt: skip
@@ -127,6 +134,23 @@ def test_as_many_products_as_fit(uneven: int, monkeypatch: pytest.MonkeyPatch) -
     assert more.checkpoint_blocks in (chosen.checkpoint_blocks + 1, "products")
     assert chosen.peak <= 50 * MB < more.peak
     assert made.engine.config.checkpoint_blocks == chosen.checkpoint_blocks
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(99, ("none", 4)), (68, ("none", 2)), (58, ("inputs", 4))])
+def test_a_model_whose_step_is_one_graph_keeps_everything_or_inputs(limit: int, expected: tuple[str, int]) -> None:
+    made = ready(limit * MB, TrainingConfig(), "gemma4_text")
+    assert any("one graph" in note for note in made.engine.notes)
+    chosen = made.choice.training
+    assert chosen is not None and (chosen.checkpoint_blocks, chosen.batch_size) == expected
+    assert {one.checkpoint_blocks for one in made.choice.tried} <= {"none", "inputs"}
+
+
+def test_what_cannot_be_kept_is_refused() -> None:
+    with pytest.raises(ConfigError, match=rf"upper {BLOCKS + 1} blocks were asked for; this model has {BLOCKS}\."):
+        ready(99 * MB, TrainingConfig(checkpoint_blocks=BLOCKS + 1))
+    for kept in ("products", 2):
+        with pytest.raises(UnsupportedError, match=f"checkpoint_blocks is {kept}, but .* one graph.* none or inputs"):
+            ready(99 * MB, TrainingConfig(checkpoint_blocks=kept), "gemma4_text")
 
 
 def test_fewer_logits_at_a_time_where_the_loss_decides() -> None:
