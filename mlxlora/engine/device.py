@@ -48,6 +48,11 @@ def settles() -> bool:
     return _settled.get() is not None
 
 
+def settles_at_once() -> bool:
+    """Whether what was settled has its values already."""
+    return _settled.get() is mx.eval
+
+
 _Answer = list[tuple[Any, BaseException | None]]  # one: the result, or why there is none
 
 

@@ -72,6 +72,7 @@ class Cut:
 
     segments: int [B, T]; tokens of different numbers do not see each other
     room:     scores of one head in one row that may exist at a time
+    keys:     of a part that needs no mask, at most
     """
 
     pattern: Pattern
@@ -79,6 +80,7 @@ class Cut:
     rows: int
     length: int
     room: int
+    keys: int
 
     def chunks(self) -> list[Chunk]:
         """All of them, in order. None reaches into two documents unless these are short."""
@@ -100,7 +102,9 @@ class Cut:
                 begin = end
 
     def _size(self, reach: int) -> int:
-        return self.pattern.chunk or max(SHORT // 2, min(CHUNK, self.room // reach, max(SHORT, -(-reach // PARTS))))
+        return self.pattern.chunk or max(
+            SHORT // 2, min(CHUNK, self.room // min(reach, self.keys), max(SHORT, -(-reach // PARTS)))
+        )
 
     def _chunk(self, start: int, end: int) -> Chunk:
         pattern, back = self.pattern, start
@@ -119,7 +123,9 @@ class Cut:
             return
         if first < free:
             yield Part(first, free, True)
-        yield Part(free, start, False)
+        count = -(-(start - free) // self.keys)
+        bounds = [free + (start - free) * number // count for number in range(count + 1)]
+        yield from (Part(begin, until, False) for begin, until in pairwise(bounds))
         yield Part(start, end, True)
 
     def _one_document(self, start: int, end: int) -> bool:

@@ -8,8 +8,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlxlora.engine import attention, pattern
+from mlxlora.engine import attention, attention_call, pattern
 from mlxlora.engine.attention import attend
+from mlxlora.engine.attention_call import Call, near
+from mlxlora.engine.attention_gradients import gradients
+from mlxlora.engine.device import settling
 from mlxlora.engine.masks import layout_of
 from mlxlora.engine.pattern import Pattern
 from tests.machines import pretend_accelerator
@@ -76,6 +79,54 @@ def test_values_and_gradients(window: int | None, softcap: float | None, sink: b
             assert float(mx.abs(a - b).max()) < 2e-5
 
 
+@pytest.mark.parametrize("size", [1.0, 30.0, 300.0])
+@pytest.mark.parametrize(
+    ("window", "softcap", "sink", "packed"),
+    [(None, None, False, False), (40, None, True, False), (None, 20.0, True, True), (13, None, False, True)],
+)
+def test_bare_scores_unless_they_are_too_large(
+    monkeypatch: pytest.MonkeyPatch, size: float, window: int | None, softcap: float | None, sink: bool, packed: bool
+) -> None:
+    """A CPU that computes array after array: exponentials without a maximum taken away, where float32 holds them."""
+    for name, value in (("APART", 8), ("SHORT", 8)):
+        monkeypatch.setattr(pattern, name, value)
+    monkeypatch.setattr(attention_call, "KEYS_AT_A_TIME", 16)
+    keys = mx.random.split(mx.random.key(0), 5)
+    q = mx.random.normal((2, HEADS, LENGTH, 8), key=keys[0]) * size
+    k = mx.random.normal((2, GROUPS, LENGTH, 8), key=keys[1])
+    v = mx.random.normal((2, GROUPS, LENGTH, 6), key=keys[2])
+    slope = mx.random.normal((2, HEADS, LENGTH, 6), key=keys[3])
+    sinks = [mx.random.normal((HEADS,), key=keys[4])] if sink else []
+    segments = SEGMENTS if packed else None
+
+    def wanted(q: mx.array, k: mx.array, v: mx.array, sinks: Any = None) -> mx.array:
+        return plain(q, k, v, sinks, window, softcap, segments)
+
+    (expected,), by = mx.vjp(wanted, [q, k, v, *sinks], [slope])
+    layout = layout_of(segments, linear=True, chunk=0, traced=False)
+    seen = Pattern(window, layout.lookback, layout.firsts, softcap, 16)
+    held: list[bool] = []
+    monkeypatch.setattr(attention._Slab, "_held", _watched(attention._Slab._held, held))
+    with settling():
+        call = Call((q, k, v, *sinks), segments, 0.3, seen, bare=True)
+        out, logs = attention._forward(call)
+        back = Call((q, k, v, *sinks), segments, 0.3, seen, bare=near(logs))
+        found = gradients(back, slope, out, logs)
+    assert any(len(chunk.parts) > 2 for chunk in call.chunks) or packed
+    assert call.bare == back.bare == (not held) == (size == 1.0 or softcap is not None)
+    assert float(mx.abs(out - expected).max()) < 1e-5 * max(1.0, size / 30)  # float32 has seven digits
+    for a, b in zip(found, by, strict=True):
+        assert float(mx.abs(a - b).max()) < 5e-5 * size
+
+
+def _watched(method: Any, calls: list[bool]) -> Any:
+    def watched(*args: Any) -> Any:
+        calls.append(True)
+        return method(*args)
+
+    return watched
+
+
 @pytest.mark.usefixtures("machine")
 def test_half_precision_stays_near() -> None:
     q = mx.random.normal((1, HEADS, LENGTH, 8), key=mx.random.key(1))
@@ -94,13 +145,13 @@ def test_no_scores_of_all_pairs_where_mlx_would_make_them(
     force, or attention goes chunk by chunk."""
     asked = pretend_accelerator(monkeypatch, kernel=kernel)
     seen: list[int] = []
-    scores = attention._Call.scores
+    scores = attention_call.Call.scores
 
     def watched(self: Any, queries: mx.array, *where: Any) -> Any:
         seen.append(queries.shape[-2] // (HEADS // GROUPS))
         return scores(self, queries, *where)
 
-    monkeypatch.setattr(attention._Call, "scores", watched)
+    monkeypatch.setattr(attention_call.Call, "scores", watched)
     q = mx.random.normal((1, HEADS, LENGTH, width), key=mx.random.key(1))
     k = mx.random.normal((1, GROUPS, LENGTH, width), key=mx.random.key(2))
     found = mx.grad(lambda q: attend(q, k, k, scale=0.3, pattern=Pattern(chunk=16))[0].sum())(q)
@@ -113,7 +164,7 @@ def test_no_scores_of_all_pairs_where_mlx_would_make_them(
 def test_chunks_keep_to_documents_and_skip_what_nobody_sees() -> None:
     numbers = [0] * 150 + [1] * 240 + [2] * 20 + [3] * 30 + [4] * 410
     layout = layout_of(mx.array([numbers]), linear=True, chunk=0, traced=False)
-    cut = pattern.Cut(Pattern(firsts=layout.firsts), mx.array([numbers]), 1, len(numbers), 1 << 20)
+    cut = pattern.Cut(Pattern(firsts=layout.firsts), mx.array([numbers]), 1, len(numbers), 1 << 20, 4096)
     found = [(chunk.first, chunk.start, chunk.end) for chunk in cut.chunks()]
     assert [end for _, _, end in found] == [start for _, start, _ in found[1:]] + [len(numbers)]
     whole = [(390, 390, 440)]  # two short documents together
@@ -126,7 +177,7 @@ def test_chunks_keep_to_documents_and_skip_what_nobody_sees() -> None:
 
 
 def test_keys_that_all_queries_see_need_no_mask() -> None:
-    cut = pattern.Cut(Pattern(window=2000, chunk=256), None, 1, 4096, 1 << 20)
+    cut = pattern.Cut(Pattern(window=2000, chunk=256), None, 1, 4096, 1 << 20, 4096)
     last = cut.chunks()[-1]
     parts = [(part.first, part.end, part.masked) for part in last.parts]
     assert (last.first, last.start, last.end) == (4096 - 256 - 1999, 3840, 4096)

@@ -10,7 +10,7 @@ import pytest
 
 from mlxlora.engine import exponential as module
 from mlxlora.engine.device import aside, settling, settling_afterwards
-from mlxlora.engine.exponential import exponential, one_operation
+from mlxlora.engine.exponential import exponential, one_operation, power_of_two
 
 
 @pytest.mark.parametrize("factor", [1.0, -1.0])
@@ -22,6 +22,25 @@ def test_three_units_of_the_last_place(factor: float, large: bool, monkeypatch: 
     with settling():
         found = np.array(exponential(mx.array(x * np.float32(factor)), factor))
     assert np.max(np.abs(found - expected) / expected) < 3 * 2.0**-23
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_powers_of_two_to_three_units_of_the_last_place(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "LARGE", 0 if large else 1 << 30)
+    x = np.concatenate([np.linspace(-126.0, 127.4, 200_003), np.arange(-126, 128), np.arange(-126, 127) + 0.5])
+    x = x.astype(np.float32)
+    expected = np.exp2(x.astype(np.float64))
+    with settling():
+        found = np.array(power_of_two(mx.array(x)))
+    assert np.max(np.abs(found - expected) / expected) < 3 * 2.0**-23
+    assert np.allclose(np.array(power_of_two(mx.array(x))), expected, rtol=1e-4)  # where nothing settles
+
+
+def test_edges_of_powers_of_two() -> None:
+    x = mx.array([0.0, -0.0, 1.0, -127.6, -1e4, -1e30, -1e35, 128.6, 1e4, 2e9, mx.nan])
+    with settling():
+        found = np.array(power_of_two(x))
+    assert found[:10].tolist() == [1.0, 1.0, 2.0, 0.0, 0.0, 0.0, 0.0, np.inf, np.inf, np.inf] and np.isnan(found[10])
 
 
 def test_edges() -> None:
