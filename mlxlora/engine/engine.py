@@ -119,17 +119,11 @@ class Engine:
         return ("none", "inputs") if self._recomputes else ("none",)
 
     def _refuse(self, kept: CheckpointBlocks) -> None:
-        """Raise where that cannot be kept of this model's blocks."""
+        """Raise where this model has not so many blocks."""
         if isinstance(kept, int) and kept > len(self._anatomy.blocks):
             raise ConfigError(
                 f"checkpoint_blocks: the products of the upper {kept} blocks were asked for; this model has "
                 f"{len(self._anatomy.blocks)}."
-            )
-        if self._chain is None and kept not in ("auto", "none", *self.grades):
-            raise UnsupportedError(
-                f"checkpoint_blocks is {kept}, but a step of this model is one graph, in which a block keeps "
-                f"{'everything or its input' if self._recomputes else 'everything'}. Set it to "
-                f"{' or '.join(self.grades)}, or leave it open (auto)."
             )
 
     @property
@@ -145,7 +139,7 @@ class Engine:
             chain = Chain(self._anatomy, self._steering, self.config.loss_chunk, compiled=False)
             chain.verify(Layout(self._linear), self._kept(len(chain.blocks)))
         except NotAChain as reason:
-            self.notes.append(f"the step is computed as one graph: {reason}")
+            self.notes.append(f"the step is computed as one graph, whose blocks keep all or their inputs: {reason}")
             return None
         chain.compiled = self.config.compiles
         if self.config.wait:

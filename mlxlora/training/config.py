@@ -30,7 +30,8 @@ class TrainingConfig:
     checkpoint_blocks: bool | int | Literal["auto", "none", "products", "inputs"] = "auto"
     """gradient checkpointing: none (= false) keeps everything, products keeps matrix products, inputs (= true) keeps
     only the input of each block, a number keeps the products of so many upper blocks (at most all); auto keeps as many
-    products as fit; where a step is one graph (a note says so), only none and inputs are there to choose from"""
+    products as fit; where a step is one graph (a note says so), products and numbers are as inputs, and auto takes none
+    where that fits"""
     loss_chunk: int | None = None
     """tokens whose logits exist at a time; default as many as suit vocabulary and memory"""
     validate_every: int | None = None

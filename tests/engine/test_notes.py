@@ -63,5 +63,3 @@ def test_blocks_that_cannot_run_twice_are_told_of_before_the_first_step() -> Non
     assert one_graph.endswith("cannot be called one by one (a layer of a block returns more than one array)")
     assert kept.startswith("everything is kept")
     assert engine.grades == ("none",)
-    with pytest.raises(UnsupportedError, match=r"checkpoint_blocks is inputs, .* keeps everything\. Set it to none,"):
-        engine.use("inputs", 0)
