@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,6 +26,14 @@ WITH_TOOLS = [
 ]  # fmt: skip
 
 
+class Day(datetime.date):
+    """Days of which none ends while something is compared."""
+
+    @classmethod
+    def today(cls) -> Day:
+        return cls(2026, 1, 31)
+
+
 def tokenizer_of(family: str) -> Tokenizer:
     return Tokenizer(hf_tokenizer("bytes", None, MARKED[family][1]))
 
@@ -37,9 +46,12 @@ KNOW_TOOLS = ["qwen3", "harmony"]
     ("family", "talk", "tools"),
     [(family, TALK, None) for family in FAMILIES] + [(family, WITH_TOOLS, TOOLS) for family in KNOW_TOOLS],
 )
-def test_the_prompt_is_what_training_saw_before_the_answer(family: str, talk: list, tools: list | None) -> None:
+def test_the_prompt_is_what_training_saw_before_the_answer(
+    family: str, talk: list, tools: list | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tokenizer = tokenizer_of(family)
-    config = SamplesConfig(template=family, loss_on="last", date=datetime.date.today().isoformat())
+    monkeypatch.setattr("mlxlora.prompts.datetime", SimpleNamespace(date=Day))
+    config = SamplesConfig(template=family, loss_on="last", date=Day.today().isoformat())
     sample = from_rows([{"messages": talk, "tools": tools}], tokenizer, config)[0]
     first = int((sample.weights > 0).argmax())
     prompt = ChatPrompts(tokenizer, template=family)(talk[:-1], tools=tools)

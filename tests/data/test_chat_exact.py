@@ -2,6 +2,7 @@
 
 import datetime
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from mlxlora.data.template import ChatTemplate
 from mlxlora.tokenizer import Tokenizer
 from tests.chat_families import MARKED, hf_tokenizer
 
-TODAY = datetime.date.today()
+TODAY = datetime.date(2026, 1, 31)
 TOOLS = [
     {
         "type": "function",
@@ -85,6 +86,13 @@ CALLS = [
         assistant("It is 20."),
     ],
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers writes the day on which it runs: it shall not end between two looks."""
+    noon = datetime.datetime.combine(TODAY, datetime.time(12))
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", SimpleNamespace(now=lambda: noon))
 
 
 def encoder(kind: str, family: str, **options: Any) -> tuple[ChatEncoder, Any]:

@@ -19,6 +19,7 @@ from mlxlora.objectives.sft import sft
 from tests import tiny
 
 LAYERS = 6
+LARGEST = 2 * 200 * 160 * 4  # bytes of the largest array of a block: even in step, one more may lie there
 
 
 @pytest.fixture(autouse=True)
@@ -33,21 +34,18 @@ def prepared(family: str, adapter: AdapterConfig, grade: Any) -> tuple[Engine, B
     tokens = mx.arange(2 * 200).reshape(2, 200) % tiny.VOCABULARY
     places = mx.arange(0, 390, 2)
     batch = Batch(tokens, places, tokens.flatten()[places + 1], mx.ones(places.size))
-    return Engine(network, EngineConfig(checkpoint_blocks=grade)), batch
+    return Engine(network, EngineConfig(checkpoint_blocks=grade, loss_chunk=64)), batch
 
 
 def real(engine: Engine, batch: Batch) -> int:
-    """The most of three steps."""
-    found = 0
-    for _ in range(3):
-        mx.synchronize()
-        mx.reset_peak_memory()
-        before = mx.get_active_memory()
-        mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
-        found = max(found, mx.get_peak_memory() - before)
-    return found
+    mx.synchronize()
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    mx.eval(engine.value_and_grad(sft, batch, mx.random.key(0)))
+    return mx.get_peak_memory() - before
 
 
+@pytest.mark.usefixtures("in_step")
 @pytest.mark.parametrize(
     ("family", "adapter", "grade"),
     [
@@ -64,11 +62,13 @@ def test_a_few_blocks_tell_what_all_take(family: str, adapter: AdapterConfig, gr
     engine, batch = prepared(family, adapter, grade)
     found = engine.account(sft, batch, mx.random.key(0))
     assert found is not None
-    assert found.peak == pytest.approx(real(engine, batch), rel=0.08)
+    taken = real(engine, batch)
+    assert found.peak == pytest.approx(taken, abs=LARGEST + 0.025 * taken)
     assert found.seconds > 0
     engine.close()
 
 
+@pytest.mark.usefixtures("in_step")
 def test_what_all_blocks_share_is_counted_once() -> None:
     """Tables of rotary positions: one pair for the sliding layers, one for the others, whatever their number."""
     small: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "head_dim": 64, "sliding_window_pattern": 2}

@@ -97,6 +97,7 @@ def test_attention_is_linear_or_refused() -> None:
     assert any("tokens × tokens" in note for note in Engine(network).notes)
 
 
+@pytest.mark.usefixtures("in_step")
 def test_memory_grows_with_the_length_and_not_with_its_square() -> None:
     network = tiny.network("llama")
     inject(network, AdapterConfig(rank=2), seed=0)

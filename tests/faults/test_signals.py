@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+import mlxlora.files.publish as publishing
 from mlxlora.chat import converse
 from mlxlora.errors import Signalled
 from mlxlora.files import sha256
@@ -162,12 +163,18 @@ def test_what_nohup_has_ignored_stays_ignored(place: Path) -> None:
     assert "stopped and saved" in out.with_suffix(".said").read_text()
 
 
+def unhurried(words: list[str], said: Path) -> None:
+    """A command that is not done before a signal can meet it, however busy the machine is."""
+    publishing.sync = lambda path: time.sleep(600)
+    session.command(words, said)
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_other_verbs_end_at_once_and_clear_up(place: Path, number: signal.Signals) -> None:
     work, said = place / f"export-{number.name}", place / f"export-{number.name}.said"
     work.mkdir()
     words = ["export", "--model", place / "model", "--to", "gguf", "--out", work / "out.gguf"]
-    process = session.begin(session.command, list(map(str, words)), said)
+    process = session.begin(unhurried, list(map(str, words)), said)
     while process.exitcode is None and not list(work.iterdir()):
         time.sleep(0.001)
     assert process.pid is not None

@@ -41,10 +41,11 @@ def forecaster(family: str, adapter: AdapterConfig, blocks: Any = "auto", **chan
     inject(network, adapter)
     optimizer = Optimizer(OptimizerConfig(), 10)
     optimizer.init(flat(network.trainable_parameters()))
-    engine = Engine(network, EngineConfig(checkpoint_blocks=blocks))
+    engine = Engine(network, EngineConfig(checkpoint_blocks=blocks, loss_chunk=64))
     return Forecaster(engine, optimizer, sft, tiny.VOCABULARY, PLENTY)
 
 
+@pytest.mark.usefixtures("in_step")
 @pytest.mark.parametrize(
     ("family", "adapter", "training"),
     [
@@ -58,7 +59,6 @@ def forecaster(family: str, adapter: AdapterConfig, blocks: Any = "auto", **chan
 def test_a_run_takes_what_was_foretold(
     tmp_path: Path, family: str, adapter: AdapterConfig, training: TrainingConfig
 ) -> None:
-    """Over several steps: in a few the peak may miss an array, as one of a CPU's threads is quicker."""
     tiny.model_directory(tmp_path / "model", family, num_hidden_layers=6, **SIZES)
     rows = [json.dumps({"text": f"number {number} " * 60}) for number in range(12)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -66,25 +66,26 @@ def test_a_run_takes_what_was_foretold(
     samples = SamplesConfig(max_length=200, validation_split=0.2)
     finetune(
         str(tmp_path / "model"), [str(tmp_path / "rows.jsonl")], tmp_path / "run", samples=samples, adapter=adapter,
-        training=replace(training, steps=8), on_event=seen.append,
+        training=replace(training, steps=3, loss_chunk=64), on_event=seen.append,
     )  # fmt: skip
     started, finished = (next(event for event in seen if isinstance(event, kind)) for kind in (Started, Finished))
     assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.1)  # type: ignore[union-attr]
     assert started.predicted_seconds > 0 and "tokens" in started.chosen  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("in_step")
 @pytest.mark.parametrize("family", ["llama", "lfm2"])
 def test_uneven_rows_are_foretold_as_they_are_computed(tmp_path: Path, family: str) -> None:
     """Laid end to end where the model allows it, padded where it carries a state from token to token."""
-    sizes = SIZES if family == "llama" else {}
-    tiny.model_directory(tmp_path / "model", family, num_hidden_layers=2, **sizes)
+    sizes = SIZES | {"num_hidden_layers": 4} if family == "llama" else {"num_hidden_layers": 2}
+    tiny.model_directory(tmp_path / "model", family, **sizes)
     rows = [json.dumps({"text": f"number {number} " * 3 * 2**number}) for number in range(5)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
     seen: list[Event] = []
     finetune(
         str(tmp_path / "model"), [str(tmp_path / "rows.jsonl")], tmp_path / "run",
         samples=SamplesConfig(max_length=400, validation_split=0.0),
-        training=TrainingConfig(steps=8, batch_size=8), on_event=seen.append,
+        training=TrainingConfig(steps=2, batch_size=8, loss_chunk=64), on_event=seen.append,
     )  # fmt: skip
     started, finished = (next(event for event in seen if isinstance(event, kind)) for kind in (Started, Finished))
     assert started.predicted_peak == pytest.approx(finished.peak_memory, rel=0.1)  # type: ignore[union-attr]
@@ -124,6 +125,7 @@ def test_what_fits_is_not_tried_beyond_the_limit(monkeypatch: pytest.MonkeyPatch
     told.engine.close()
 
 
+@pytest.mark.usefixtures("in_step")
 def test_the_longest_row_that_fits() -> None:
     told = forecaster("llama", AdapterConfig(rank=4), num_hidden_layers=4, **SIZES)
     shape = Shape(1, 256, 1.0)

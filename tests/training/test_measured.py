@@ -17,6 +17,7 @@ from mlxlora.training.shapes import Shape, synthetic
 from tests import tiny
 
 
+@pytest.mark.usefixtures("in_step")
 @pytest.mark.parametrize("blocks", ["none", "inputs"])
 def test_a_step_that_is_one_graph(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     network = tiny.network("llama", num_hidden_layers=8, hidden_size=64, intermediate_size=160)
@@ -27,8 +28,7 @@ def test_a_step_that_is_one_graph(blocks: Any, monkeypatch: pytest.MonkeyPatch) 
     found = measured.one_graph(engine, sft, batch, True)
     if blocks == "none":  # the engine of the probe is a chain otherwise
         size, _ = measured.above(lambda: engine.value_and_grad(sft, batch, mx.random.key(0)))
-        # what one graph holds at a time depends on how its two threads take turns
-        assert found.peak == pytest.approx(size, rel=0.25)
+        assert found.peak == pytest.approx(size, rel=0.1)
     whole: list[int] = []
     probe = measured._whole
 
@@ -44,10 +44,11 @@ def test_a_step_that_is_one_graph(blocks: Any, monkeypatch: pytest.MonkeyPatch) 
     engine.close()
 
 
+@pytest.mark.usefixtures("in_step")
 def test_the_update_is_told_by_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = {f"{number}": mx.zeros((200, 500)) for number in range(40)}
     whole, seconds = measured.update_needs(OptimizerConfig(), parameters)
     assert seconds > 0
     monkeypatch.setattr(measured, "SAMPLE", 4_000_000)
-    assert measured.update_needs(OptimizerConfig(), parameters)[0] == pytest.approx(whole, rel=0.25)
+    assert measured.update_needs(OptimizerConfig(), parameters)[0] == pytest.approx(whole, rel=0.1)
     assert measured.update_needs(OptimizerConfig(), {}) == (0, 0.0)
