@@ -63,7 +63,7 @@ VERBS: dict[str, Verb] = {
 
 
 def command() -> int:
-    """What the shell calls: `main` in a process of its own, which signals end in good order."""
+    """`main` in a process of its own, which signals end in good order (`mlxlora_start.py`: until here)."""
     from mlxlora.training.events import heeded
 
     def end(signum: int, frame: FrameType | None) -> None:

@@ -11,7 +11,10 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
+import tomllib
 import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -29,6 +32,7 @@ from tests import tiny
 from tests.faults import session
 from tests.faults.test_kill import whole
 
+ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LONG = {"training.steps": 100_000, "training.save_every": 10_000, "training.batch_size": 2}
 
@@ -161,6 +165,33 @@ def test_what_nohup_has_ignored_stays_ignored(place: Path) -> None:
     numbers = [signal.SIGHUP, signal.SIGHUP, signal.SIGTERM]
     assert interrupt(place, out, numbers, after=3, options=LONG, ignored=[signal.SIGHUP]) == 128 + signal.SIGTERM
     assert "stopped and saved" in out.with_suffix(".said").read_text()
+
+
+BEGIN = """
+import importlib, sys, time
+class Told:
+    def find_spec(self, name, *_):
+        if name == sys.argv[1]:
+            print("now", flush=True)
+            time.sleep(600)
+sys.meta_path.insert(0, Told())
+module, _, function = sys.argv[2].partition(":")
+sys.exit(getattr(importlib.import_module(module), function)())
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("imported", ["mlxlora", "mlx.core", "mlxlora.flags"])
+def test_one_while_python_still_imports_the_command(imported: str, number: signal.Signals) -> None:
+    """Caught in the midst of the import of that module, by the entry that the shell calls."""
+    entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mlxlora"]
+    words = [sys.executable, "-c", BEGIN, imported, entry]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "now\n"
+        process.send_signal(number)
+        out, said = process.communicate(timeout=120)
+    assert said == ("interrupted\n" if number == signal.SIGINT else f"stopped by {number.name}\n")
+    assert process.returncode == 128 + number and not out
 
 
 def unhurried(words: list[str], said: Path) -> None:
