@@ -54,7 +54,9 @@ def attend(
 
     @attention.vjp
     def backward(primals: Any, cotangents: Any, outputs: Any) -> Any:
-        call = Call(primals, segments, scale, pattern, bare=result is not None and settles() and near(outputs[1]))
+        # (asked of the known logarithms: those among the outputs would have all that they are made from computed here)
+        bare = result is not None and settles() and near(result[1])
+        call = Call(primals, segments, scale, pattern, bare=bare)
         return aside(gradients, call, cotangents[0], *outputs)
 
     both: Any = attention(queries, keys, values, *([] if sinks is None else [sinks]))

@@ -74,7 +74,10 @@ class Call:
         return self.beside(self.queries, heads, self.scale * self.spread)
 
     def dense(self, array: mx.array, heads: Heads) -> mx.array:
-        """The heads of keys or values [B, K, T, d], contiguous. (Times one: a CPU copies slower than it multiplies.)"""
+        """The heads of keys or values [B, K, T, d], contiguous: a single head is so already, of several a CPU makes a
+        copy faster by multiplying."""
+        if self.key_heads == 1:
+            return mx.contiguous(array)
         return array[:, slice(*heads)] * mx.ones((array.shape[-1],), array.dtype)
 
     def apart(self, array: mx.array) -> mx.array:

@@ -72,6 +72,7 @@ class _Gradients:
         if call.bare:  # what the exponentials lack, the rows that they are multiplied with have
             lacking = call.power(-log)
             slope, share = slope * lacking.swapaxes(-1, -2), share * lacking
+        plain = queries * mx.full((call.width,), 1 / call.spread, queries.dtype)
         by_keys: list[mx.array] = []
         by_values: list[mx.array] = []
         by_query: mx.array | None = None
@@ -86,7 +87,7 @@ class _Gradients:
             inner, chances = inner.astype(key.dtype), chances.astype(key.dtype)
             by_part = inner.swapaxes(-1, -2) @ key
             by_query = by_part if by_query is None else by_query + by_part
-            by_keys.append(inner @ queries)
+            by_keys.append(inner @ plain)
             by_values.append(chances @ slope)
             settle(by_query, by_keys[-1], by_values[-1])
         assert by_query is not None
@@ -109,10 +110,7 @@ class _Gradients:
 
     def end(self) -> None:
         """The key heads in hand are done."""
-        by_keys = self._keys.joined()
-        if self._call.spread != 1:
-            by_keys = by_keys * (1 / self._call.spread)
-        found = [joined(self._queries[::-1], 1), by_keys, self._values.joined()]
+        found = [joined(self._queries[::-1], 1), self._keys.joined(), self._values.joined()]
         settle(*found)
         self._slabs.append(found if self._sinks is None else [*found, self._sinks])
 

@@ -12,7 +12,7 @@ from mlxlora.engine import attention, attention_call, pattern
 from mlxlora.engine.attention import attend
 from mlxlora.engine.attention_call import Call, near
 from mlxlora.engine.attention_gradients import gradients
-from mlxlora.engine.device import settling
+from mlxlora.engine.device import settling, settling_afterwards
 from mlxlora.engine.masks import layout_of
 from mlxlora.engine.pattern import Pattern
 from tests.machines import pretend_accelerator
@@ -117,6 +117,20 @@ def test_bare_scores_unless_they_are_too_large(
     assert float(mx.abs(out - expected).max()) < 1e-5 * max(1.0, size / 30)  # float32 has seven digits
     for a, b in zip(found, by, strict=True):
         assert float(mx.abs(a - b).max()) < 5e-5 * size
+
+
+def test_the_backward_pass_asks_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look at an output of the trace would compute everything before it there and then, and keep it."""
+    asked: list[mx.array] = []
+    monkeypatch.setattr(attention, "near", lambda logs: not asked.append(logs))
+    q = mx.random.normal((1, HEADS, LENGTH, 8), key=mx.random.key(1))
+    k = mx.random.normal((1, GROUPS, LENGTH, 8), key=mx.random.key(2))
+    with settling():
+        result = attend(q, k, k, scale=0.3, pattern=Pattern())[1]
+    asked.clear()
+    with settling_afterwards():
+        mx.grad(lambda q: attend(q, k, k, scale=0.3, pattern=Pattern(), result=result)[0].sum())(q)
+    assert len(asked) == 1 and asked[0] is result[1]
 
 
 def _watched(method: Any, calls: list[bool]) -> Any:
