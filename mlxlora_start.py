@@ -6,7 +6,6 @@ that takes half a second.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 from types import FrameType
@@ -25,6 +24,7 @@ def command() -> int:
 def end_at_once(signum: int, frame: FrameType | None) -> None:
     """Nothing is begun yet that would have to be cleared up; an exception would meet modules that are half made."""
     said = "interrupted" if signum == signal.SIGINT else f"stopped by {signal.Signals(signum).name}"
-    with contextlib.suppress(OSError):
+    try:
         os.write(2, f"{said}\n".encode())
-    os._exit(128 + signum)
+    finally:  # though nobody may listen any more
+        os._exit(128 + signum)
