@@ -88,11 +88,8 @@ class _Slab:
 
     def __init__(self, call: Call, heads: Heads) -> None:
         self._call, self._heads = call, heads
-        self._queries, self._keys, self._values = (
-            call.scaled(heads),
-            call.dense(call.keys, heads),
-            call.dense(call.values, heads),
-        )
+        self._queries = call.scaled(heads)
+        self._keys, self._values = call.dense(call.keys, heads), call.dense(call.values, heads)
         settle(self._queries, self._keys, self._values)
 
     def result(self, chunk: Chunk, before: list[mx.array]) -> Result:
@@ -100,9 +97,8 @@ class _Slab:
         call = self._call
         queries = mx.depends(self._queries, before) if before else self._queries
         queries, sink = call.of(queries, chunk), call.sink(self._heads, chunk)
-        weighted, total, log = (self._bare(queries, sink, chunk) if call.bare else None) or self._held(
-            queries, sink, chunk
-        )
+        found = self._bare(queries, sink, chunk) if call.bare else None
+        weighted, total, log = found or self._held(queries, sink, chunk)
         return call.apart(weighted) / call.apart(total.swapaxes(-1, -2)).astype(weighted.dtype), log
 
     def _bare(self, queries: mx.array, sink: mx.array | None, chunk: Chunk) -> Softmax | None:

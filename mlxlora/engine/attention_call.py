@@ -6,8 +6,8 @@
 The queries of a key head lie side by side, [B, k, T · G, d], so that those of a chunk are one matrix without being
 copied, and scores lie the other way round than usual, [.., N, C · G]: a CPU adds up rows faster than within a row.
 
-On a CPU a pass over the scores takes a sixth of the time of the product that makes them, and the exponential three of
-them. So
+On a CPU a pass over the scores takes a fifth of the time of the product that makes them, and an exponential as long as
+four. So
 
 - keys come in parts small enough for a product's operands to stay in the cache, one part at a time;
 - scores are in base 2: queries are scaled by log₂ e besides, so that an exponential has less to do;
@@ -29,9 +29,7 @@ from mlxlora.engine.pattern import Chunk, Cut, Part, Pattern
 Heads = tuple[int, int]  # a range of key heads
 SCORES_AT_A_TIME = 1 << 21  # numbers in one chunk of scores: 8 MiB in float32
 KEYS_AT_A_TIME = 2048  # of a part, where parts are computed one after the other
-NEAR = (
-    60.0  # what is no farther than so from 0 as a logarithm in base 2 is a number that float32 holds with room to spare
-)
+NEAR = 60.0  # between 2 to this power and its inverse, float32 holds numbers with room to spare
 
 
 class Call:

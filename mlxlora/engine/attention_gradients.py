@@ -95,10 +95,8 @@ class _Gradients:
         self._queries.append(by_query * mx.full((call.width,), call.scale, by_query.dtype))
         waits = [self._queries[-1], *self._keys.add(chunk, by_keys), *self._values.add(chunk, by_values)]
         if sink is not None:
-            lost = -(call.power(sink if call.bare else sink - log) * share).reshape(
-                share.shape[0], share.shape[1], -1, call.group
-            )
-            lost = lost.sum(axis=(0, 2)).reshape(-1)
+            taken = call.power(sink if call.bare else sink - log) * share
+            lost = -taken.reshape(*share.shape[:2], -1, call.group).sum(axis=(0, 2)).reshape(-1)
             self._sinks = lost if self._sinks is None else self._sinks + lost
             waits.append(self._sinks)
         return waits
