@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlxlora.engine.hold import Hold, own_call
+from mlxlora.engine.precision import tolerance
 from mlxlora.parameters import bytes_of, number
 
 
@@ -102,11 +103,6 @@ def relative_error(found: mx.array, expected: mx.array) -> float:
     found, expected = found.astype(mx.float32), expected.astype(mx.float32)
     error = number(mx.max(mx.abs(found - expected)) / mx.maximum(mx.max(mx.abs(expected)), 1e-30))
     return math.inf if math.isnan(error) else error
-
-
-def tolerance(dtype: mx.Dtype) -> float:
-    """How far two orders of computing the same may differ."""
-    return 1e-4 if dtype == mx.float32 else 5e-2
 
 
 def _blocks(network: nn.Module) -> tuple[nn.Module | None, tuple[nn.Module, ...], tuple[str, ...]]:

@@ -15,13 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlxlora.data.sample import Batch
-from mlxlora.engine.anatomy import Anatomy, tolerance
+from mlxlora.engine.anatomy import Anatomy
 from mlxlora.engine.blocks import Block, BlockFunctions, Invocation
 from mlxlora.engine.dropout import split_key
 from mlxlora.engine.ends import Ends, NotAChain
 from mlxlora.engine.frozen import FrozenStates
 from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering
+from mlxlora.engine.precision import beyond_rounding
 from mlxlora.engine.scores import Objective, Outcome
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 
@@ -77,17 +78,22 @@ class Chain:
     def verify(self, layout: Layout, kept: int) -> None:
         """Compare with the general way on a small batch; raises NotAChain where this model needs that one."""
         batch = small_batch(self._anatomy)
+
+        def compare() -> float:
+            now = layout.kind  # tables of one precision are not those of another
+            found = self.run(likelihood, batch, now, None, True, kept)
+            general = General(self._anatomy, self._steering, self.ends.head.chunk, recompute=False, compiled=False)
+            return disagreement(found, general.run(likelihood, batch, now, None, True))
+
         try:
             self.ends.look(layout, batch.tokens)
             x, calls = self.ends.start(batch.tokens, layout, None)
             for block, (call, sides) in zip(self.blocks, calls, strict=True):
                 self.functions.learn_needs(Invocation(block, call, layout, x, sides, None))
-            found = self.run(likelihood, batch, layout, None, True, kept)
+            error = beyond_rounding(self._anatomy.network, self._anatomy.dtype, compare)
         except (ValueError, TypeError, AttributeError, IndexError, KeyError) as failure:
             raise NotAChain(f"its blocks cannot be called one by one ({failure})") from failure
-        general = General(self._anatomy, self._steering, self.ends.head.chunk, recompute=False, compiled=False)
-        error = disagreement(found, general.run(likelihood, batch, layout, None, True))
-        if not error <= tolerance(self._anatomy.dtype):
+        if error is not None:
             raise NotAChain(f"block by block, its gradients differ by {error:.1e}")
 
     def run(

@@ -12,7 +12,7 @@ from mlx.utils import tree_unflatten
 
 from mlxlora.data.sample import Batch
 from mlxlora.engine.account import Account, account
-from mlxlora.engine.anatomy import Anatomy, dissect, relative_error, tolerance
+from mlxlora.engine.anatomy import Anatomy, dissect, relative_error
 from mlxlora.engine.chain import Chain
 from mlxlora.engine.config import CheckpointBlocks, EngineConfig, Grade
 from mlxlora.engine.ends import NotAChain
@@ -20,6 +20,7 @@ from mlxlora.engine.frozen import pays
 from mlxlora.engine.general import General
 from mlxlora.engine.masks import Layout, Steering, counting, layout_of, unseeing
 from mlxlora.engine.packing import end_to_end, packing_refusal
+from mlxlora.engine.precision import beyond_rounding, tolerance
 from mlxlora.engine.scores import Metrics, Objective, Outcome
 from mlxlora.engine.verify import disagreement, likelihood, small_batch
 from mlxlora.errors import ConfigError, UnsupportedError
@@ -233,8 +234,8 @@ class Engine:
                 "computed and kept as mlx-lm has it"
             )
         with counting() as census, self._steering.with_layout(Layout(linear=False)):
-            expected = self._anatomy.network(tokens)
-        reason = _why_not_linear(self._anatomy, self._steering, tokens, expected)
+            self._anatomy.network(tokens)
+        reason = _why_not_linear(self._anatomy, self._steering, tokens)
         if isinstance(reason, int):
             if reason < census.all:
                 left = f"{census.all - reason} of {census.all} layers"
@@ -249,19 +250,29 @@ class Engine:
         return False
 
 
-def _why_not_linear(anatomy: Anatomy, steering: Steering, tokens: mx.array, expected: mx.array) -> str | int:
-    """How many calls of attention for `tokens` are in linear memory, if that gives what is `expected`; else why not."""
+def _why_not_linear(anatomy: Anatomy, steering: Steering, tokens: mx.array) -> str | int:
+    """How many calls of attention for `tokens` are in linear memory, if that gives what the model's own gives; else why
+    not."""
     if not steering.asks:
         return "the model makes its masks itself, or has no attention of the usual kind"
-    try:
+    linear = 0
+
+    def compare() -> float:
+        nonlocal linear
+        with steering.with_layout(Layout(linear=False)):
+            expected = anatomy.network(tokens)
         with counting() as census, steering.with_layout(Layout(linear=True, chunk=16)):
             found = anatomy.network(tokens)
-        error = relative_error(found, expected)
+        linear = census.linear
+        return relative_error(found, expected)
+
+    try:
+        error = beyond_rounding(anatomy.network, anatomy.dtype, compare)
     except (ValueError, TypeError, AttributeError, IndexError) as failure:
         return f"the model looks into its masks ({failure})"
-    if not error <= tolerance(found.dtype):
+    if error is not None:
         return f"its result differs from the model's by {error:.1e}"
-    return census.linear or "the model's attention is of another kind"
+    return linear or "the model's attention is of another kind"
 
 
 def _sees_without_attention(anatomy: Anatomy, steering: Steering) -> bool:

@@ -11,10 +11,11 @@ import mlx.nn as nn
 
 from mlxlora.adapters import weights
 from mlxlora.data.sample import Batch
-from mlxlora.engine.anatomy import Anatomy, relative_error, tolerance
+from mlxlora.engine.anatomy import Anatomy, relative_error
 from mlxlora.engine.device import on_cpu, settle
 from mlxlora.engine.dropout import set_keys
 from mlxlora.engine.hold import Hold
+from mlxlora.engine.precision import tolerance
 from mlxlora.engine.slots import Slots
 from mlxlora.engine.token_loss import Head, Known, chunk_length, token_log_probs, with_slopes
 

@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mlxlora.data.sample import Batch
-from mlxlora.engine.anatomy import relative_error, tolerance
+from mlxlora.engine.anatomy import relative_error
 from mlxlora.engine.hold import own_class
 from mlxlora.engine.masks import Layout, Steering
+from mlxlora.engine.precision import beyond_rounding
 
 GRAIN = 8  # lengths of rows laid end to end are multiples of this
 TRACED_GRAIN = 64  # and of this, or of a sixteenth to a thirty-second, where each length is another trace
@@ -37,13 +38,17 @@ def packing_refusal(network: nn.Module) -> str | None:
             return reason
     together = mx.array([[7, 3, 5, 1, 4, 6, 2, 2, 3, 7, 1, 5, 4, 1, 6, 3]])
     segments = mx.array([[0] * 7 + [1] * 9])
-    try:
+
+    def compare() -> float:
         with steering.with_layout(Layout(linear=False, segments=segments)):
             packed = network(together)
-        alone = mx.concatenate([network(together[:, :7]), network(together[:, 7:])], axis=1)
+        return relative_error(packed, mx.concatenate([network(together[:, :7]), network(together[:, 7:])], axis=1))
+
+    try:
+        error = beyond_rounding(network, network(together).dtype, compare)
     except (ValueError, TypeError, AttributeError, IndexError) as failure:
         return f"it does not take a mask for packed documents ({failure})"
-    if relative_error(packed, alone) <= tolerance(packed.dtype):
+    if error is None:
         return None
     if _is_recurrent(network):
         return "it carries a state from token to token, which documents in one row would share"

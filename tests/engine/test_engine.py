@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -189,19 +190,23 @@ def test_quantized_base(bits: int) -> None:
 @pytest.mark.parametrize("quantize", [None, {"group_size": 32, "bits": 4}], ids=["dense", "4 bits"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", "phi3"])
 def test_half_precision_is_as_near_to_the_truth_as_the_plain_computation(family: str, quantize: Any) -> None:
-    """Loss and gradients in bfloat16 against the same model's in float32."""
+    """Loss and gradients in bfloat16 against the same model's in float32; of one batch, rounding may favour either."""
     network = adapted(family, quantize)
     network.set_dtype(mx.bfloat16)
     exact = deepcopy(network)
     exact.set_dtype(mx.float32)
-    batch = reference.padded(reference.samples(EVEN, tiny.VOCABULARY))
-    truth, _, slopes = reference.step(exact, batch)
-    plain, _, plain_slopes = reference.step(network, batch)
-    total, _, _, found = Engine(network).value_and_grad(sft, batch)
-    error, plain_error = (float(mx.abs(one.astype(mx.float32) - truth) / truth) for one in (total, plain))
-    assert error <= max(2 * plain_error, 2e-3)
-    assert {array.dtype for array in flat(found).values()} == {mx.bfloat16}
-    assert reference.gradient_error(found, slopes) <= 1.5 * reference.gradient_error(plain_slopes, slopes)
+    engine, losses, times = Engine(network), [], []
+    for seed in range(3):
+        batch = reference.padded(reference.samples(EVEN, tiny.VOCABULARY, seed))
+        truth, _, slopes = reference.step(exact, batch)
+        plain, _, plain_slopes = reference.step(network, batch)
+        total, _, _, found = engine.value_and_grad(sft, batch)
+        error, plain_error = (float(mx.abs(one.astype(mx.float32) - truth) / truth) for one in (total, plain))
+        losses.append(error / max(2 * plain_error, 2e-3))
+        assert {array.dtype for array in flat(found).values()} == {mx.bfloat16}
+        times.append(reference.gradient_error(found, slopes) / reference.gradient_error(plain_slopes, slopes))
+    assert statistics.median(losses) <= 1, losses
+    assert statistics.median(times) <= 1.5, times
 
 
 @pytest.mark.usefixtures("machine")
