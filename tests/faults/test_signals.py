@@ -168,7 +168,9 @@ def test_what_nohup_has_ignored_stays_ignored(place: Path) -> None:
 
 
 BEGIN = """
-import importlib, sys, time
+import importlib, signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # which a test in the background has inherited as ignored
 class Told:
     def find_spec(self, name, *_):
         if name == sys.argv[1]:
@@ -187,9 +189,12 @@ def test_one_while_python_still_imports_the_command(imported: str, number: signa
     entry = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]["mlxlora"]
     words = [sys.executable, "-c", BEGIN, imported, entry]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None and process.stdout.readline() == "now\n"
-        process.send_signal(number)
-        out, said = process.communicate(timeout=120)
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "now\n"
+            process.send_signal(number)
+            out, said = process.communicate(timeout=60)
+        finally:
+            process.kill()  # one that minds no signal would keep the test
     assert said == ("interrupted\n" if number == signal.SIGINT else f"stopped by {number.name}\n")
     assert process.returncode == 128 + number and not out
 
