@@ -33,7 +33,10 @@ class Table:
         rounded = given.astype(np.float16).astype(np.float32)
         inner = np.float32(0.7978845608028654) * rounded * (1 + np.float32(0.044715) * rounded * rounded)
         value = np.float32(0.5) * rounded * (1 + np.tanh(inner))
-        unsure = _unsure_of(given, 1e-6) | _unsure_of(value, 1e-7)
+        # a small argument is a sum of terms as large as those of its neighbours, and no surer than these
+        largest = np.abs(given).max(axis=-1, keepdims=True)
+        unsure = _unsure_of(given, np.maximum(1e-6 * (1 + np.abs(given)), 3e-7 * largest))
+        unsure |= _unsure_of(value, 1e-7 * (1 + np.abs(value)))
         self.unsure.append(unsure.any(axis=-1)[0])
         looked_up = value.astype(np.float16).astype(np.float32)
         return mx.array(np.where(given <= -10, np.float32(0), np.where(given >= 10, given, looked_up)))
@@ -41,7 +44,7 @@ class Table:
 
 def _unsure_of(values: Any, error: Any) -> Any:
     """Which values, off by `error`, may round to the next float16 number; near zero that changes next to nothing."""
-    here, error = values.astype(np.float16), error * (1 + np.abs(values))
+    here = values.astype(np.float16)
     beside = [np.nextafter(here, np.float16(side)).astype(np.float64) for side in (-np.inf, np.inf)]
     return (np.abs(values) > 1 / 256) & (np.min([np.abs((here + one) / 2 - values) for one in beside], axis=0) < error)
 
