@@ -105,10 +105,10 @@ def test_the_gelu_table_is_the_only_difference(
     directory = tiny.model_directory(tmp_path / "model", family, intermediate_size=16, **changes)
     written = export_gguf(tiny.with_logits(directory, logits), tmp_path / "model.gguf", type="f32")
     with LlamaCpp(written.path, threads=1) as reader:
-        sure, unsure = gelu_table.apart(family, load_network(directory)[0], reader)
+        apart = gelu_table.apart(family, load_network(directory)[0], reader)
     larger = max(1.0, logits)  # float32 itself rounds larger numbers by more
-    assert len(sure) > 15 and max(sure) < EXACT * larger
-    assert max(unsure) < TABLE * larger  # one step of the table, here and there
+    assert np.quantile(apart, 0.75) < EXACT * larger
+    assert max(apart) < TABLE * larger  # a step of the table, here and there
 
 
 @pytest.mark.parametrize(
