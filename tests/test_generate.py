@@ -14,6 +14,7 @@ from mlxlora.generate import SamplingConfig, complete, generate, prompt_of, stre
 from mlxlora.prompts import ChatPrompts, chat_tokenizer
 from mlxlora.serve import Server
 from tests import tiny, vocabularies
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +131,7 @@ def test_an_id_beyond_the_vocabulary_says_nothing(tmp_path: Path, kind: str) -> 
     pieces = list(stream(loaded, "one two", SamplingConfig(max_tokens=4)))
     assert len(pieces) == 4 and all(piece.token >= padding and piece.text == "" for piece in pieces)
     with Server(loaded, port=0) as server:
-        connection = http.client.HTTPConnection("127.0.0.1", server.rules.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.rules.port, timeout=PATIENCE)
         asked = {"prompt": "one two", "max_tokens": 4, "logprobs": True, "top_logprobs": 3}
         connection.request("POST", "/v1/completions", json.dumps(asked), {"Content-Type": "application/json"})
         answer = connection.getresponse()

@@ -13,6 +13,7 @@ from mlxlora import hub
 from mlxlora.errors import ModelError
 from tests import tiny
 from tests.hub_stub import Repository, environment
+from tests.patience import PATIENCE
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ def find(
     )
     arguments = [sys.executable, "-c", code, name, revision or ""]
     return subprocess.run(
-        arguments, env={**os.environ, **environment(address, home)}, capture_output=True, text=True, timeout=120
+        arguments, env={**os.environ, **environment(address, home)}, capture_output=True, text=True, timeout=PATIENCE
     )
 
 
@@ -111,7 +112,7 @@ def test_a_tokenizer_by_its_hub_name_runs_no_code_from_elsewhere(
         "except ModelError as error: sys.exit(f'refused: {error}')\n"
     )
     env = {**os.environ, **environment(stub.address, tmp_path / "home")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "refused" in done.stderr and "auto_map" in done.stderr, done.stderr
     assert not [path for _, path in stub.asked if "someone/else" in path]
 

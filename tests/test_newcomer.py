@@ -13,6 +13,7 @@ import pytest
 from mlxlora import cli
 from mlxlora.files import write_whole
 from tests import tiny
+from tests.patience import PATIENCE
 
 
 def put(out: Path) -> None:
@@ -136,7 +137,7 @@ def test_nobody_is_told_that_pytorch_is_missing(tmp_path: Path) -> None:
     words = ["data", "check", str(rows), "--model", str(model)]
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT_TORCH, *words], env=environment, capture_output=True, text=True, timeout=100
+        [sys.executable, "-c", WITHOUT_TORCH, *words], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     assert "PyTorch" not in done.stderr

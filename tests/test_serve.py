@@ -19,6 +19,7 @@ from mlxlora.prompts import ChatPrompts
 from mlxlora.requests import DEFAULT_MODEL, MAX_BODY, Refused, Rules
 from mlxlora.serve import Server, check_address, serve
 from tests import tiny
+from tests.patience import PATIENCE
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 8}
 
@@ -44,7 +45,7 @@ def server(loaded: model.LanguageModel) -> Iterator[Server]:
 
 
 def ask(server: Server, body: Any, path: str = "/v1/chat/completions", **headers: str) -> tuple[int, Any]:
-    connection = http.client.HTTPConnection("127.0.0.1", server.rules.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.rules.port, timeout=PATIENCE)
     sent = {"Content-Type": "application/json", **{name.replace("_", "-"): value for name, value in headers.items()}}
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection.request("GET" if body is None else "POST", path, None if body is None else raw, sent)
@@ -163,7 +164,7 @@ def test_wrong_values_are_refused_and_the_generator_lives(server: Server, change
 def test_broken_bodies(server: Server) -> None:
     for raw in (b"", b"{", b"[1]", b"\xff\xfe", b"[" * 100_000, b'{"temperature": NaN}', b"1" * 5000):
         assert ask(server, raw)[0] == 400
-    connection = http.client.HTTPConnection("127.0.0.1", server.rules.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", server.rules.port, timeout=PATIENCE)
     connection.putrequest("POST", "/v1/chat/completions")
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Content-Length", str(MAX_BODY + 1))
@@ -267,17 +268,15 @@ def test_a_client_that_drips_is_cut_off(
         with socket.create_connection(("127.0.0.1", server.rules.port)) as connection:
             connection.sendall(first.format(head=head).encode())
             connection.settimeout(0.05)
-            for _ in range(400):
-                try:
-                    connection.sendall(b"x")
-                    if connection.recv(1) == b"":
-                        break
-                except TimeoutError:
-                    continue
-                except ConnectionError:
-                    break
-            else:
-                pytest.fail("it was never cut off")
+            until = time.monotonic() + PATIENCE
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < until:
+                    with contextlib.suppress(TimeoutError):
+                        connection.sendall(b"x")
+                        if connection.recv(1) == b"":
+                            break
+                else:
+                    pytest.fail("it was never cut off")
 
 
 def test_there_are_so_many_connections_and_no_more(
@@ -287,11 +286,12 @@ def test_there_are_so_many_connections_and_no_more(
     with Server(loaded, port=0) as server:
         idle = [socket.create_connection(("127.0.0.1", server.rules.port)) for _ in range(2)]
         with socket.create_connection(("127.0.0.1", server.rules.port)) as third:
-            third.settimeout(30)
+            third.settimeout(PATIENCE)
             assert third.recv(1) == b""
         for connection in idle:
             connection.close()
-        for _ in range(100):  # their threads end soon
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:  # their threads end soon
             with contextlib.suppress(ConnectionError, http.client.HTTPException):
                 assert ask(server, None, "/health")[0] == 200
                 break

@@ -19,6 +19,7 @@ import pytest
 from tests import tiny
 from tests.convert.test_upload import Handler, Hub
 from tests.hub_stub import Fetching, Repository, environment
+from tests.patience import PATIENCE
 
 pytest.importorskip("hf_xet", reason="pip install hf_xet")
 FILE_HASH = "0123456789abcdef" * 4  # the storage's name for a file: ours is the only one to know what it means
@@ -83,7 +84,7 @@ def run(words: list[str], home: Path, **more: str) -> subprocess.CompletedProces
     settings = {"HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_test", "HF_HOME": str(home), **more}
     left = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_XET"}
     command = [sys.executable, *words]
-    return subprocess.run(command, env={**left, **settings}, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env={**left, **settings}, capture_output=True, text=True, timeout=PATIENCE)
 
 
 @pytest.fixture(scope="module")

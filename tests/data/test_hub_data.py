@@ -15,6 +15,7 @@ import pytest
 from mlxlora.data.hub_data import HubSource
 from mlxlora.errors import DataError
 from tests.hub_stub import COMMIT, Repository, environment
+from tests.patience import PATIENCE
 
 FIRST, SECOND = COMMIT, "fedcba9876543210fedcba9876543210fedcba98"
 
@@ -66,7 +67,7 @@ def test_fetched_once_and_not_needed_again(tmp_path: Path, model: Path) -> None:
     pytest.importorskip("datasets")
     code = "import sys, pathlib, tests.data.test_hub_data as t; t.played(*map(pathlib.Path, sys.argv[1:]))"
     arguments = [sys.executable, "-c", code, str(tmp_path), str(model)]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout.splitlines()[-1])
     one, two = (f"hub:someone/rows#{commit[:12]}:train:1" for commit in (FIRST, SECOND))

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.targets import TARGETS
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,7 +24,7 @@ def test_fuzz_finds_nothing(name: str, tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'convert'}:{os.environ.get('PYTHONPATH', '')}"},
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     print(name, done.stderr.strip().splitlines()[-1])

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.targets import TARGETS
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SHORT = 60
@@ -19,7 +20,7 @@ def attack(first: int, count: int, *names: str) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.faults.hostile", str(first), str(first + count), *names]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'convert'}"}
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     except subprocess.TimeoutExpired as error:
         pytest.fail(f"does not come to an end; last: {(error.stderr or b'').decode()[-200:]}")
     last = done.stderr.strip().splitlines()[-1:]

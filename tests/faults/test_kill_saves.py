@@ -11,6 +11,7 @@ import pytest
 
 from mlxlora.files import check_safetensors, sha256
 from mlxlora.training.checkpoint import read_checkpoint
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ def scratch(path: Path) -> list[str]:
 
 def kills(folder: Path, wanted: int, steps: int, megabytes: float, enough: float) -> None:
     calm = start(folder / "calm", steps, megabytes)
-    output, _ = calm.communicate(timeout=600)
+    output, _ = calm.communicate(timeout=PATIENCE)
     assert calm.returncode == 0, output
     chosen = random.Random(20)
     done = inside = runs = 0

@@ -11,6 +11,7 @@ from mlxlora.training.events import Event, Step
 from tests import tiny
 from tests.faults import session
 from tests.faults.test_kill import whole
+from tests.patience import PATIENCE
 
 
 def resident() -> int:
@@ -89,7 +90,7 @@ def test_memory_that_runs_out_in_the_midst_of_a_run(tmp_path: Path) -> None:
     options = {"training.steps": 16, "training.save_every": 2, "training.batch_size": 2}
     words = session.flags(tmp_path / "model", tmp_path / "data.jsonl", tmp_path / "run", options)
     process = session.begin(starve, words, tmp_path / "said")
-    process.join(timeout=120)
+    process.join(timeout=PATIENCE)
     said = (tmp_path / "said").read_text()
     assert process.exitcode == 1 and "Traceback" not in said, said
     assert said.splitlines()[-1].startswith("error: out of memory") and "--training.batch_size 1" in said, said
@@ -97,7 +98,7 @@ def test_memory_that_runs_out_in_the_midst_of_a_run(tmp_path: Path) -> None:
     newest = max((tmp_path / "run" / "checkpoints").iterdir()).name
     assert newest >= "step-0000004"
     again = session.begin(session.command, words, tmp_path / "said")
-    again.join(timeout=120)
+    again.join(timeout=PATIENCE)
     said = (tmp_path / "said").read_text()
     assert again.exitcode == 0 and f"going on after step {int(newest[5:])}" in said, said
 

@@ -38,7 +38,7 @@ def ask(server):
     body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}).encode()
     kind = {"Content-Type": "application/json"}
     request = urllib.request.Request(server.address + "/v1/chat/completions", body, kind)
-    assert json.load(urllib.request.urlopen(request, timeout=60))["choices"]
+    assert json.load(urllib.request.urlopen(request, timeout=600))["choices"]
 Server.wait = ask
 sys.stdin = io.StringIO("Hi\\n/compare What?\\n/exit\\n")
 codes = []

@@ -4,6 +4,7 @@ Verbs that do not train end at once, and leave nothing behind.
 """
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from mlxlora.training.events import Control, Event, Step
 from tests import tiny
 from tests.faults import session
 from tests.faults.test_kill import whole
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -57,7 +59,7 @@ def interrupt(
     words = session.flags(place / "model", place / "data.jsonl", out, options)
     process = session.begin(session.command, words, out.with_suffix(".said"), ignored)
     assert process.pid is not None
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE
     while session.steps(out) < after and process.exitcode is None:
         assert time.monotonic() < until, "the run does not get on"
         time.sleep(0.02)
@@ -65,7 +67,7 @@ def interrupt(
         with contextlib.suppress(ProcessLookupError):
             os.kill(process.pid, number)
         time.sleep(pause)
-    process.join(timeout=60)
+    process.join(timeout=PATIENCE)
     code = process.exitcode
     assert code is not None, out.with_suffix(".said").read_text()
     process.close()
@@ -124,11 +126,30 @@ def test_second_ones_at_many_moments(place: Path) -> None:
     print(f"{len(codes)} pairs of signals: {codes.count('at once')} stopped at once, every published directory whole")
 
 
-def test_one_before_the_first_step_leaves_nothing(place: Path) -> None:
-    out = place / "early"
-    code = interrupt(place, out, [signal.SIGTERM], after=0, options=LONG)
-    assert code in (143, -signal.SIGTERM)  # the second: before the interpreter had come to our code
-    assert newest(out) == -1
+def reads_for_long(words: list[str], said: Path) -> None:
+    """A run that is still reading its model when a signal meets it."""
+
+    def load(*_: Any, **__: Any) -> None:
+        said.with_suffix(".reads").touch()
+        time.sleep(2 * PATIENCE)
+
+    vars(importlib.import_module("mlxlora.finetune"))["load"] = load
+    session.command(words, said)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_one_before_the_first_step_leaves_nothing(place: Path, number: signal.Signals) -> None:
+    out = place / f"early-{number.name}"
+    said, reads = out.with_suffix(".said"), out.with_suffix(".reads")
+    process = session.begin(reads_for_long, session.flags(place / "model", place / "data.jsonl", out, LONG), said)
+    while process.exitcode is None and not reads.exists():
+        time.sleep(0.01)
+    assert process.pid is not None and process.exitcode is None, said.read_text()
+    os.kill(process.pid, number)
+    process.join(timeout=PATIENCE)
+    assert process.exitcode == 128 + number, said.read_text()
+    assert "stopped at once" in said.read_text() and "Traceback" not in said.read_text()
+    assert newest(out) == -1 and not (out / "adapter").exists()
 
 
 def test_a_stop_does_not_wait_for_a_validation_and_the_run_ends_the_same(place: Path) -> None:
@@ -192,7 +213,7 @@ def test_one_while_python_still_imports_the_command(imported: str, number: signa
         try:
             assert process.stdout is not None and process.stdout.readline() == "now\n"
             process.send_signal(number)
-            out, said = process.communicate(timeout=60)
+            out, said = process.communicate(timeout=PATIENCE)
         finally:
             process.kill()  # one that minds no signal would keep the test
     assert said == ("interrupted\n" if number == signal.SIGINT else f"stopped by {number.name}\n")
@@ -231,7 +252,7 @@ def test_a_server_ends_as_it_should(place: Path, number: signal.Signals) -> None
         time.sleep(0.01)
     found = re.search(r"Listening on (\S+)", said.read_text())
     assert found and process.pid is not None, said.read_text()
-    with urllib.request.urlopen(f"{found[1]}/models", timeout=60) as answer:
+    with urllib.request.urlopen(f"{found[1]}/models", timeout=PATIENCE) as answer:
         assert json.load(answer)["object"] == "list"
     os.kill(process.pid, number)
     process.join()

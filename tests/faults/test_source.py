@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("mlxlora", "convert") for path in (ROOT / folder).rglob("*.py"))
 
@@ -110,7 +112,7 @@ def test_importing_changes_nothing() -> None:
         [sys.executable, "-W", "ignore", "-c", LOOK, str(ROOT), *names],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
         check=True,
     )
     assert json.loads(done.stdout.splitlines()[-1]) == {}
@@ -120,5 +122,5 @@ def test_importing_changes_nothing() -> None:
 def test_importing_is_quick_and_leaves_the_heavy_ones_out() -> None:
     code = "import sys, mlxlora, mlxlora.cli\n"
     code += "print([n for n in ('torch','transformers','mlx_lm','datasets') if n in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
     assert done.stdout.strip() == "[]"

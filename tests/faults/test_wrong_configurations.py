@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mlxlora import cli
+from tests.patience import PATIENCE
 
 BASE = ["train", "--model", "/nowhere/model", "--data", "/nowhere/data.jsonl", "--out", "/nowhere/run"]
 
@@ -119,7 +120,7 @@ def test_it_takes_less_than_two_seconds() -> None:
         [sys.executable, "-m", "mlxlora", *BASE, "--training.batchsize", "4"],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime

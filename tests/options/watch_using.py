@@ -15,6 +15,7 @@ from mlxlora.files import plain
 from mlxlora.serve import Server
 from tests.options.calls import Call, Stop, Views
 from tests.options.place import Place, listed, tensors
+from tests.patience import PATIENCE
 
 # ---- a model that answers -------------------------------------------------------------------------------------------
 
@@ -85,7 +86,7 @@ def serve(place: Place, function: Call, arguments: Views, patch: pytest.MonkeyPa
             "a page": {"Origin": "http://localhost:3000"},
             "the owner": {"Authorization": "Bearer 0123456789abcdef"},
         }.items():
-            line = http.client.HTTPConnection(place_.hostname or "", place_.port, timeout=60)
+            line = http.client.HTTPConnection(place_.hostname or "", place_.port, timeout=PATIENCE)
             line.request("POST", "/v1/chat/completions", body, {"Content-Type": "application/json", **more})
             answered = line.getresponse()
             said = json.loads(answered.read())

@@ -13,6 +13,7 @@ import pytest
 from mlxlora.errors import InputError
 from mlxlora.reporting.report import report
 from mlxlora.reporting.said import Said, said
+from tests.patience import PATIENCE
 
 HOSTILE = '</script><script>document.title="broken"</script><img src=x onerror=alert(1)>'
 
@@ -107,7 +108,7 @@ def test_it_draws_in_a_browser_without_errors_or_network(tmp_path: Path, width: 
          "--disable-component-update", "--disable-sync", "--disable-quic", f"--user-data-dir={tmp_path / 'profile'}",
          f"--window-size={width},2400", "--enable-logging=stderr", "--virtual-time-budget=3000", "--dump-dom",
          path.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, text=True, timeout=PATIENCE, check=True,
     )  # fmt: skip
     assert 'data-drawn="6"' in done.stdout and done.stdout.count("<canvas") == 6
     assert max(int(found) for found in re.findall(r'<canvas width="(\d+)"', done.stdout)) < width

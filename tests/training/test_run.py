@@ -210,7 +210,7 @@ from pathlib import Path
 from mlxlora.training.lock import RunLock
 lock = RunLock.take(Path(sys.argv[1]))
 print("held", flush=True)
-time.sleep(60)
+time.sleep(600)
 """
 
 
