@@ -122,7 +122,7 @@ def seconds(verbs: dict[str, list[Flag]]) -> str:
 
 
 def bash(verbs: dict[str, list[Flag]], about: str) -> str:
-    """Works in the bash 3.2 of macOS: no associative arrays."""
+    """Works in the bash 3.2 of macOS: no associative arrays. Paths are readline's own, which knows how to quote."""
     return f"""{about}
 _mlxlora() {{
   local current="${{COMP_WORDS[COMP_CWORD]}}" previous="${{COMP_WORDS[COMP_CWORD-1]}}"
@@ -145,11 +145,9 @@ _mlxlora() {{
     COMPREPLY=($(compgen -W "$values" -- "$current"))
   elif [ "${{current#-}}" != "$current" ]; then
     COMPREPLY=($(compgen -W "$flags" -- "$current"))
-  else
-    COMPREPLY=($(compgen -f -- "$current"))
   fi
 }}
-complete -o filenames -F _mlxlora mlxlora
+complete -o default -F _mlxlora mlxlora
 """
 
 

@@ -14,12 +14,13 @@ from jsonargparse import ArgumentParser
 from mlxlora.flags import group_of
 
 LEFT = 30  # columns for a flag with its value
+NARROW = 60  # below that many columns a flag stands above its text
 WORDS = {bool: "true|false", int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", dict: "'{NAME: VALUE}'"}
 
 
 def page(parser: ArgumentParser, name: str, positional: Sequence[str] = ()) -> str:
     """The help of a verb."""
-    width = min(shutil.get_terminal_size((110, 24)).columns, 110)
+    width = max(40, min(shutil.get_terminal_size((110, 24)).columns, 110))
     required = [action for action in parser._actions if action.required and action.option_strings]
     stand = [f"{word.upper()}…" if action_of(parser, word).nargs == "+" else word.upper() for word in positional]
     words = [f"usage: mlxlora {name}", *stand, *map(invocation, required), "[options]"]
@@ -107,9 +108,8 @@ def told(action: Any) -> str:
 
 
 def entry(left: str, right: str, width: int) -> list[str]:
-    """A flag beside its text, or above it where it is long."""
-    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(right, width - LEFT - 4)] or [""]
-    space = " " * (LEFT + 4)
-    if len(left) > LEFT:
-        return [f"  {left}", *(space + line for line in lines)]
-    return [f"  {left:<{LEFT}}  {lines[0]}", *(space + line for line in lines[1:])]
+    """A flag beside its text, or above it where it is long or the terminal narrow."""
+    indent = 8 if width < NARROW else LEFT + 4
+    lines = [line.replace("\N{NO-BREAK SPACE}", " ") for line in textwrap.wrap(right, width - indent)]
+    first = lines.pop(0) if lines and width >= NARROW and len(left) <= LEFT else ""
+    return [f"  {left:<{LEFT}}  {first}".rstrip(), *(" " * indent + line for line in lines)]

@@ -6,12 +6,15 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+for name in ("COLUMNS", "LINES", "FORCE_COLOR", "NO_COLOR"):  # what is said must not hang on who looks
+    os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory):
-    """Tokenised data goes where pytest clears up, be it after a run that was killed."""
+    """Tokenised data goes where pytest clears up, be it after a run that was killed, and so does what others keep."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
         if "MLXLORA_CACHE" not in os.environ:
             patch.setenv("MLXLORA_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield

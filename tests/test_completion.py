@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import pty
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -22,7 +25,7 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def offered(script: Path, *words: str) -> list[str]:
     line = " ".join(f"'{word}'" for word in ("mlxlora", *words))
-    ask = f'source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _mlxlora; printf "%s\\n" "${{COMPREPLY[@]}}"'
+    ask = f'source "{script}"; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _mlxlora; echo "${{COMPREPLY[*]}}"'
     done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
     return done.stdout.split()
 
@@ -56,14 +59,14 @@ def offered_by_zsh(script: Path, *words: str) -> list[str]:
     """What zsh would offer: its builtin, which wants a terminal, is replaced by one that prints."""
     line = " ".join(f"'{word}'" for word in ("mlxlora", *words))
     ask = f"""compdef() {{}}; compadd() {{ shift; print -l -- "$@"; }}; _files() {{ print FILES; }}
-        source {script}; words=({line}); CURRENT={len(words) + 1}; _mlxlora"""
+        source "{script}"; words=({line}); CURRENT={len(words) + 1}; _mlxlora"""
     done = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True, check=True)
     assert not done.stderr
     return done.stdout.split()
 
 
 def offered_by_fish(script: Path, *words: str) -> list[str]:
-    ask = f"source {script}; complete -C 'mlxlora {' '.join(words)}'"
+    ask = f"source '{script}'; complete -C 'mlxlora {' '.join(words)}'"
     done = subprocess.run(["fish", "--no-config", "-c", ask], capture_output=True, text=True, check=True)
     assert not done.stderr
     return [line.split("\t")[0] for line in done.stdout.splitlines()]
@@ -89,15 +92,38 @@ def test_zsh_takes_it_from_its_search_path(tmp_path: Path) -> None:
     if shutil.which("zsh") is None:
         pytest.skip("no zsh here")
     (tmp_path / "_mlxlora").write_text(str(completion("zsh")))
-    ask = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D; print ${{_comps[mlxlora]}}"
+    ask = f"fpath=('{tmp_path}' $fpath); autoload -Uz compinit; compinit -u -D; print ${{_comps[mlxlora]}}"
     done = subprocess.run(["zsh", "-f", "-c", ask], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "_mlxlora"
 
 
-def test_files_where_nothing_else_is_known(script: Path, tmp_path: Path) -> None:
+def typed(keys: str, script: Path, folder: Path) -> list[str]:
+    """What the command is given after these keys, in a bash that somebody sits at, in `folder`."""
+    terminal, inside = pty.openpty()
+    settings = {"PS1": "READY>", "TERM": "dumb", "INPUTRC": "/dev/null", "HISTFILE": "/dev/null"}
+    words = ["bash", "--norc", "--noprofile", "-i"]
+    with subprocess.Popen(
+        words, stdin=inside, stdout=inside, stderr=inside, cwd=folder, env={**os.environ, **settings},
+        start_new_session=True,
+    ):  # fmt: skip
+        os.close(inside)
+        for line in (f"source '{script}'; mlxlora() {{ printf '%s\\n' \"$@\" > told; }}", f"mlxlora {keys}", "exit"):
+            said = b""
+            while b"READY>" not in said:
+                said += os.read(terminal, 1024)
+            os.write(terminal, f"{line}\n".encode())
+        with contextlib.suppress(OSError):  # where it ends, Linux says
+            while os.read(terminal, 1024):
+                pass
+    os.close(terminal)
+    return (folder / "told").read_text().splitlines()
+
+
+def test_paths_where_nothing_else_is_known(script: Path, tmp_path: Path) -> None:
     (tmp_path / "my model").mkdir()
-    (tmp_path / "rows.jsonl").touch()
-    assert offered(script, "train", "--data", f"{tmp_path}/ro") == [f"{tmp_path}/rows.jsonl"]
+    (tmp_path / "it's rows.jsonl").touch()
+    words = ["train", "--model", "my model/", "--data", "it's rows.jsonl", "--optimizer.name", "lion"]
+    assert typed("train --model my\t --data it\t --optimizer.name li\t", script, tmp_path) == words
 
 
 def test_flags_are_those_of_the_parser() -> None:

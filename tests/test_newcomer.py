@@ -141,3 +141,14 @@ def test_nobody_is_told_that_pytorch_is_missing(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "PyTorch" not in done.stderr
+
+
+@pytest.mark.parametrize("columns", [5, 40, 200])
+def test_help_on_terminals_of_any_width(
+    columns: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.main(["train", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = [line for line in lines if line.startswith(" ") and not line.strip().startswith("--")]
+    assert told and max(map(len, told)) <= max(40, min(columns, 110))
